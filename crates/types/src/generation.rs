@@ -1,0 +1,139 @@
+//! The generation stamp: what every frame between processes must agree on.
+//!
+//! Two processes may exchange activations or KV only if they run the same weights in the same
+//! numerics class under the same placement. The stamp travels on every frame and a difference is a
+//! typed refusal, never a wrong answer.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::PlacementEpoch;
+
+/// A family of arithmetic whose members give the same bits (docs/numerics.md).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NumericsClass {
+    /// Weights as stored (FP8 x scale or BF16), activations in F32: the golden reference.
+    F32,
+    /// Weights as stored, activations rounded to bf16 where docs/numerics.md says, F32 sums. The default.
+    #[default]
+    Bf16,
+    /// As `Bf16`, and the inputs of FP8 matrices quantised to e4m3 per token and 128 channels.
+    Fp8,
+}
+
+impl NumericsClass {
+    /// Every class, in a fixed order.
+    pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Fp8];
+
+    /// The name used on the command line, on the wire and in docs/numerics.md.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Fp8 => "fp8",
+        }
+    }
+}
+
+impl fmt::Display for NumericsClass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A name that is no numerics class.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown numerics class {0:?}: expected f32, bf16 or fp8")]
+pub struct UnknownNumericsClass(pub String);
+
+impl FromStr for NumericsClass {
+    type Err = UnknownNumericsClass;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        Self::ALL
+            .into_iter()
+            .find(|class| class.name() == s)
+            .ok_or_else(|| UnknownNumericsClass(s.to_owned()))
+    }
+}
+
+/// Identifies a checkpoint: SHA-256 over its configuration, tensor tables and samples of its bytes,
+/// cut to 16 bytes (cadre-checkpoint says exactly over what).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub struct ModelHash(pub [u8; 16]);
+
+impl fmt::Display for ModelHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for ModelHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ModelHash({self})")
+    }
+}
+
+/// The stamp on every frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Generation {
+    /// Which weights.
+    pub model: ModelHash,
+    /// Which arithmetic.
+    pub numerics: NumericsClass,
+    /// Which placement. KV frames, which no placement affects, carry the sender's and ignore it.
+    pub epoch: PlacementEpoch,
+}
+
+impl Generation {
+    /// Compares a peer's stamp with ours. `Ok` means that a frame may be used.
+    pub fn check(&self, theirs: &Self) -> Result<(), GenerationMismatch> {
+        self.check_weights(theirs)?;
+        if self.epoch != theirs.epoch {
+            return Err(GenerationMismatch::Epoch { ours: self.epoch, theirs: theirs.epoch });
+        }
+        Ok(())
+    }
+
+    /// As [`Self::check`], for frames that do not depend on a placement.
+    pub fn check_weights(&self, theirs: &Self) -> Result<(), GenerationMismatch> {
+        if self.model != theirs.model {
+            return Err(GenerationMismatch::Model { ours: self.model, theirs: theirs.model });
+        }
+        if self.numerics != theirs.numerics {
+            return Err(GenerationMismatch::Numerics { ours: self.numerics, theirs: theirs.numerics });
+        }
+        Ok(())
+    }
+}
+
+/// Why a frame from another generation was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GenerationMismatch {
+    /// The peer serves other weights.
+    #[error("model hash {theirs} is not ours ({ours}): the peer serves another checkpoint")]
+    Model {
+        /// This process's checkpoint.
+        ours: ModelHash,
+        /// The peer's checkpoint.
+        theirs: ModelHash,
+    },
+    /// The peer computes in another numerics class.
+    #[error("numerics class {theirs} is not ours ({ours}): run every process of a model in one class")]
+    Numerics {
+        /// This process's class.
+        ours: NumericsClass,
+        /// The peer's class.
+        theirs: NumericsClass,
+    },
+    /// The peer works from another placement.
+    #[error("placement {theirs} is not ours ({ours})")]
+    Epoch {
+        /// This process's epoch.
+        ours: PlacementEpoch,
+        /// The peer's epoch.
+        theirs: PlacementEpoch,
+    },
+}

@@ -1,0 +1,83 @@
+//! `cargo xtask ci`: every gate, cheapest first, each with the time it took.
+//!
+//! All gates run even when one fails: a change that is wrong in two ways is told both. The builds are three
+//! (check for clippy, dev for everything that runs, rustdoc); tests and the end-to-end clusters share the dev
+//! build, whose kernels are optimised (Cargo.toml, `[profile.dev.package]`).
+
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, bail};
+
+use crate::{command, generate, layers, suites, tools};
+
+type Gate = (&'static str, fn() -> Result<()>);
+
+const GATES: [Gate; 7] = [
+    ("fmt", fmt),
+    ("layers", layers::run),
+    ("clippy", clippy),
+    ("generate --check", || generate::run(true)),
+    ("doc", doc),
+    ("deny", deny),
+    ("test", || suites::run(None)),
+];
+
+/// Runs all gates.
+pub(crate) fn run() -> Result<()> {
+    tools::components()?;
+    let outcomes: Vec<(&str, Result<()>, Duration)> = GATES
+        .iter()
+        .map(|(name, gate)| {
+            println!("\n== {name}");
+            let begun = Instant::now();
+            let outcome = gate();
+            if let Err(error) = &outcome {
+                eprintln!("{name}: {error:#}");
+            }
+            (*name, outcome, begun.elapsed())
+        })
+        .collect();
+    println!();
+    for (name, outcome, took) in &outcomes {
+        let verdict = if outcome.is_ok() { "ok" } else { "FAILED" };
+        println!("{name:<18} {verdict:<7} {:>6.1} s", took.as_secs_f64());
+    }
+    let failed: Vec<&str> =
+        outcomes.iter().filter(|(_, outcome, _)| outcome.is_err()).map(|(name, ..)| *name).collect();
+    if !failed.is_empty() {
+        bail!("failed: {}", failed.join(", "));
+    }
+    Ok(())
+}
+
+fn fmt() -> Result<()> {
+    command::run(command::cargo().args(["fmt", "--all", "--check"]))
+}
+
+fn clippy() -> Result<()> {
+    command::run(command::cargo().args([
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--locked",
+        "--",
+        "-D",
+        "warnings",
+    ]))
+}
+
+fn doc() -> Result<()> {
+    command::run(
+        command::cargo()
+            .args(["doc", "--workspace", "--no-deps", "--document-private-items", "--locked"])
+            .env("RUSTDOCFLAGS", "-D warnings"),
+    )
+}
+
+fn deny() -> Result<()> {
+    let deny = tools::cargo_deny()?;
+    command::run(Command::new(deny).args(["--workspace", "check", "licenses", "bans", "sources"]))
+}
