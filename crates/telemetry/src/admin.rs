@@ -1,0 +1,107 @@
+//! The admin server of every role: `/metrics`, `/healthz`, `/readyz`, and what the role adds.
+//!
+//! `/healthz` says that the process is alive and answers; it never depends on a peer, so that losing
+//! one never makes Kubernetes restart another. `/readyz` is 200 only when every condition of
+//! [`Readiness`] holds, and otherwise lists what is missing.
+
+use std::{future::Future, io};
+
+use axum::{
+    Json, Router,
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use tokio::net::TcpListener;
+
+use crate::{metrics::Metrics, readiness::Readiness};
+
+#[derive(Clone)]
+struct AdminState {
+    metrics: Metrics,
+    readiness: Readiness,
+}
+
+/// The admin routes, with `extra` merged in.
+pub fn router(metrics: Metrics, readiness: Readiness, extra: Router) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics_text))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(readyz))
+        .with_state(AdminState { metrics, readiness })
+        .merge(extra)
+}
+
+/// Serves the admin routes until the future is dropped. `extra` must not repeat the three routes above
+/// (axum panics on that at start).
+pub fn serve(
+    listener: TcpListener,
+    metrics: Metrics,
+    readiness: Readiness,
+    extra: Router,
+) -> impl Future<Output = io::Result<()>> + Send + 'static {
+    let app = router(metrics, readiness, extra);
+    async move { axum::serve(listener, app).await }
+}
+
+async fn metrics_text(State(state): State<AdminState>) -> Response {
+    match state.metrics.encode() {
+        Ok(text) => ([(header::CONTENT_TYPE, Metrics::CONTENT_TYPE)], text).into_response(),
+        Err(error) => {
+            tracing::error!(%error, "metrics could not be encoded");
+            (StatusCode::INTERNAL_SERVER_ERROR, format!("metrics: {error}\n")).into_response()
+        }
+    }
+}
+
+async fn readyz(State(state): State<AdminState>) -> Response {
+    let missing = state.readiness.missing();
+    let status = if missing.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let body = serde_json::json!({ "ready": missing.is_empty(), "missing": missing });
+    (status, Json(body)).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// Status and body of one request over a real socket.
+    async fn fetch(address: std::net::SocketAddr, path: &str) -> (u16, String) {
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        (status, body.to_owned())
+    }
+
+    #[tokio::test]
+    async fn the_three_routes_and_the_roles_own() {
+        let readiness = Readiness::new(&[("weights", "loading 3 of 9 bytes")]);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let extra = Router::new().route("/expert-load", get(|| async { "{}" }));
+        tokio::spawn(serve(listener, Metrics::new(), readiness.clone(), extra));
+
+        assert_eq!(fetch(address, "/healthz").await, (200, "ok\n".into()));
+        assert_eq!(fetch(address, "/expert-load").await, (200, "{}".into()));
+        let (status, body) = fetch(address, "/readyz").await;
+        assert_eq!(status, 503);
+        let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(body["missing"][0]["condition"], "weights");
+        assert_eq!(body["missing"][0]["reason"], "loading 3 of 9 bytes");
+        readiness.met("weights");
+        assert_eq!(fetch(address, "/readyz").await.0, 200);
+        let (status, text) = fetch(address, "/metrics").await;
+        assert_eq!(status, 200);
+        assert!(text.contains("process_"), "{text}");
+        assert_eq!(fetch(address, "/nothing").await.0, 404);
+    }
+}

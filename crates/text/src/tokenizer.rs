@@ -1,0 +1,231 @@
+//! The checkpoint's tokenizer: text to ids and back.
+//!
+//! Loaded once, strictly: what this crate could not reproduce faithfully (a decoder that is not
+//! byte-level, cleaned-up spaces) is refused by name. Truncation and padding that a `tokenizer.json`
+//! may carry are switched off, because they would change prompts silently.
+//!
+//! Beginning of sequence: `encode(text, true)` puts BOS in front if `add_bos_token` says so and the
+//! text does not begin with BOS already; there are never two. A rendered chat template brings its own
+//! BOS and is encoded with `false`, as Hugging Face does.
+
+mod files;
+#[cfg(test)]
+pub(crate) mod tests;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use cadre_types::TokenId;
+use tokenizers::{DecoderWrapper, ModelWrapper, Tokenizer as Bpe};
+
+use crate::{
+    chat_template::{ChatTemplate, TemplateError},
+    detokenizer::Detokenizer,
+    error::TextError,
+    vocabulary::Vocabulary,
+};
+use files::{Templates, TokenizerConfig};
+
+const TOKENIZER_FILE: &str = "tokenizer.json";
+const SAME_CHECKPOINT: &str = "copy it unchanged from the checkpoint that the weights came from";
+
+/// A tokenizer with its special tokens and chat template. Immutable, `Send + Sync`; share it in an
+/// `Arc`.
+#[derive(Debug)]
+pub struct Tokenizer {
+    bpe: Bpe,
+    vocabulary: Arc<Vocabulary>,
+    special: SpecialTokens,
+    bos: Option<TokenId>,
+    eos: Option<TokenId>,
+    add_bos: bool,
+    add_eos: bool,
+    eos_ids: Vec<TokenId>,
+    template: Option<ChatTemplate>,
+}
+
+/// The texts of the special tokens that `tokenizer_config.json` names, as templates see them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SpecialTokens {
+    /// Beginning of sequence.
+    pub bos_token: Option<String>,
+    /// End of sequence.
+    pub eos_token: Option<String>,
+    /// Padding.
+    pub pad_token: Option<String>,
+    /// Unknown text; byte-level vocabularies have none.
+    pub unk_token: Option<String>,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json`, `tokenizer_config.json`, `generation_config.json` or `config.json`
+    /// (end-of-sequence ids) and `chat_template.jinja` (if there is one) from a checkpoint's folder.
+    pub fn load(dir: &Path) -> Result<Self, TextError> {
+        let path = dir.join(TOKENIZER_FILE);
+        let bpe = load_bpe(&path)?;
+        let vocabulary = Vocabulary::new(&bpe).map_err(|reason| TextError::Invalid {
+            path,
+            reason,
+            fix: SAME_CHECKPOINT,
+        })?;
+        let config = TokenizerConfig::load(dir)?;
+        let id_of = |field: &str, text: &Option<String>| match text {
+            None => Ok(None),
+            Some(text) => bpe.token_to_id(text).map(Some).ok_or_else(|| TextError::Invalid {
+                path: dir.join(files::TOKENIZER_CONFIG_FILE),
+                reason: format!("{field} is {text:?}, which {TOKENIZER_FILE} does not know"),
+                fix: SAME_CHECKPOINT,
+            }),
+        };
+        let bos = id_of("bos_token", &config.special.bos_token)?;
+        let eos = id_of("eos_token", &config.special.eos_token)?;
+        let eos_ids = files::eos_ids(dir, eos)?;
+        let add_bos = match config.add_bos_token {
+            Some(add) => add,
+            None => bos.is_some() && post_processor_begins_with(&bpe, bos),
+        };
+        let add_eos = config.add_eos_token.unwrap_or(false);
+        for (needed, id, field, other) in
+            [(add_bos, bos, "add_bos_token", "bos_token"), (add_eos, eos, "add_eos_token", "eos_token")]
+        {
+            if needed && id.is_none() {
+                return Err(TextError::Invalid {
+                    path: dir.join(files::TOKENIZER_CONFIG_FILE),
+                    reason: format!("{field} is true and {other} is missing"),
+                    fix: "name the token, or switch the addition off",
+                });
+            }
+        }
+        let template = config.templates.map(|found| compile(found, &config.special)).transpose()?;
+        Ok(Self {
+            bpe,
+            vocabulary: Arc::new(vocabulary),
+            special: config.special,
+            bos,
+            eos,
+            add_bos,
+            add_eos,
+            eos_ids,
+            template,
+        })
+    }
+
+    /// The ids of a text. Special tokens that the text spells become their ids. With `add_special`,
+    /// BOS (and EOS) are added as the checkpoint's configuration says, unless already there.
+    ///
+    /// Takes time in proportion to the text: see the crate's header.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, TextError> {
+        let encoding = self
+            .bpe
+            .encode_fast(text, false)
+            .map_err(|error| TextError::Encode { bytes: text.len(), reason: error.to_string() })?;
+        let mut ids = encoding.get_ids().to_vec();
+        if add_special {
+            if let Some(bos) = self.bos.filter(|_| self.add_bos)
+                && ids.first() != Some(&bos)
+            {
+                ids.insert(0, bos);
+            }
+            if let Some(eos) = self.eos.filter(|_| self.add_eos)
+                && ids.last() != Some(&eos)
+            {
+                ids.push(eos);
+            }
+        }
+        Ok(ids)
+    }
+
+    /// The text of ids, all at once. Bytes that are no UTF-8 become U+FFFD, unknown ids nothing.
+    pub fn decode(&self, ids: &[TokenId], skip_special: bool) -> String {
+        let mut bytes = Vec::new();
+        for &id in ids {
+            bytes.extend_from_slice(self.vocabulary.visible(id, skip_special));
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The same, token by token.
+    pub fn detokenizer(&self, skip_special: bool) -> Detokenizer {
+        Detokenizer::new(Arc::clone(&self.vocabulary), skip_special)
+    }
+
+    /// The raw bytes of a token, which may hold parts of characters; of a special token its text.
+    /// `None` for ids that the tokenizer does not know.
+    pub fn token_bytes(&self, id: TokenId) -> Option<&[u8]> {
+        self.vocabulary.bytes_of(id)
+    }
+
+    /// Whether a token is special (and is left out of text by `skip_special`).
+    pub fn is_special(&self, id: TokenId) -> bool {
+        self.vocabulary.is_special(id)
+    }
+
+    /// One more than the largest id the tokenizer knows. The model's own vocabulary may be larger.
+    pub fn vocab_size(&self) -> usize {
+        self.vocabulary.len()
+    }
+
+    /// Beginning-of-sequence token.
+    pub fn bos_id(&self) -> Option<TokenId> {
+        self.bos
+    }
+
+    /// Tokens that end a sequence, ascending; at least one.
+    pub fn eos_ids(&self) -> &[TokenId] {
+        &self.eos_ids
+    }
+
+    /// The special tokens that the configuration names.
+    pub fn special_tokens(&self) -> &SpecialTokens {
+        &self.special
+    }
+
+    /// The spelling of every special token, by id.
+    pub fn special_texts(&self) -> impl Iterator<Item = (TokenId, &str)> {
+        self.vocabulary.special_ids().filter_map(|id| {
+            let text = std::str::from_utf8(self.vocabulary.bytes_of(id)?).ok()?;
+            Some((id, text))
+        })
+    }
+
+    /// The checkpoint's chat template, or the refusal that says it has none.
+    pub fn chat_template(&self) -> Result<&ChatTemplate, TemplateError> {
+        self.template.as_ref().ok_or(TemplateError::Missing)
+    }
+}
+
+fn load_bpe(path: &Path) -> Result<Bpe, TextError> {
+    let bytes = files::read(path, SAME_CHECKPOINT)?;
+    let invalid = |reason| TextError::Invalid {
+        path: path.to_owned(),
+        reason,
+        fix: "only byte-level BPE tokenizers, as DeepSeek's are, are supported",
+    };
+    let mut bpe = Bpe::from_bytes(bytes).map_err(|error| invalid(format!("no tokenizer: {error}")))?;
+    if !matches!(bpe.get_model(), ModelWrapper::BPE(_)) {
+        return Err(invalid("the model is not BPE".to_owned()));
+    }
+    if !matches!(bpe.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
+        return Err(invalid("the decoder is not ByteLevel".to_owned()));
+    }
+    bpe.with_padding(None);
+    bpe.with_truncation(None).map_err(|error| invalid(error.to_string()))?;
+    Ok(bpe)
+}
+
+/// Without `add_bos_token` the post-processor of `tokenizer.json` decides.
+fn post_processor_begins_with(bpe: &Bpe, bos: Option<TokenId>) -> bool {
+    bpe.encode_fast("", true).is_ok_and(|encoding| encoding.get_ids().first().copied() == bos)
+}
+
+fn compile(found: Templates, special: &SpecialTokens) -> Result<ChatTemplate, TextError> {
+    let Templates { path, default, tool_use } = found;
+    let refuse = |path: PathBuf| move |source| TextError::Template { path, source };
+    let template = ChatTemplate::new(default, special.clone()).map_err(refuse(path.clone()))?;
+    match tool_use {
+        Some(source) => template.with_tool_use(source).map_err(refuse(path)),
+        None => Ok(template),
+    }
+}
