@@ -1,0 +1,60 @@
+//! Routed experts, one at a time: what a shard loads into its slots.
+
+use std::sync::Arc;
+
+use cadre_checkpoint::Checkpoint;
+use cadre_ops::{Backend, backend::Ffn};
+use cadre_types::{LayerId, LogicalExpert, ModelConfig};
+
+use crate::loader::{LoadError, Reader, check_class};
+
+/// Names one routed expert of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ExpertKey {
+    /// The layer.
+    pub layer: LayerId,
+    /// The expert.
+    pub expert: LogicalExpert,
+}
+
+/// Loads experts; touches only the byte ranges of those asked for.
+pub struct ExpertLoader<B: Backend> {
+    backend: Arc<B>,
+    checkpoint: Arc<Checkpoint>,
+}
+
+impl<B: Backend> ExpertLoader<B> {
+    /// A loader of one checkpoint's experts onto one backend.
+    pub fn new(backend: Arc<B>, checkpoint: Arc<Checkpoint>) -> Self {
+        Self { backend, checkpoint }
+    }
+
+    /// The architecture.
+    pub fn config(&self) -> &ModelConfig {
+        self.checkpoint.config()
+    }
+
+    /// The backend that the experts are loaded onto.
+    pub fn backend(&self) -> &Arc<B> {
+        &self.backend
+    }
+
+    /// Checkpoint bytes of one expert, scales included.
+    pub fn expert_bytes(&self, key: ExpertKey) -> Result<u64, LoadError> {
+        let ranges = self.checkpoint.expert_bytes(key.layer, key.expert)?;
+        Ok(ranges.iter().map(|range| range.range.end - range.range.start).sum())
+    }
+
+    /// Loads one expert.
+    pub fn load(&self, key: ExpertKey) -> Result<Ffn<B::Weight>, LoadError> {
+        check_class(self.backend.class(), self.config())?;
+        let mut reader = Reader {
+            backend: &*self.backend,
+            checkpoint: &self.checkpoint,
+            bytes_read: 0,
+            bytes_expected: 0,
+            progress: &mut |_| {},
+        };
+        reader.ffn(&format!("model.layers.{}.mlp.experts.{}.", key.layer.0, key.expert.0))
+    }
+}

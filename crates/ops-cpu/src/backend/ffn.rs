@@ -1,0 +1,153 @@
+//! Feed-forward blocks, dense and grouped, in two parallel regions: gate, up and silu to the inner
+//! activation; down. A task is one group's rows times a few panels, so that a decode step with many experts
+//! of one row each is split as well as one matrix with many rows.
+
+use cadre_numerics::{BLOCK, quant};
+use cadre_ops::{Ffn, OpsError, RowGroup, check};
+
+use super::{
+    Buffer, CpuBackend, CpuQueue,
+    dense::product_ns,
+    transfer::{self, Out},
+};
+use crate::{
+    kernels::product::{Product, Rows},
+    lanes::LANES,
+    packed::{Arrangement, Weight},
+};
+
+/// Panels (gate and up) of 128 inner channels, the unit of the quantiser.
+const PANELS_PER_BLOCK: usize = 2 * BLOCK / LANES;
+
+/// The share of one group in a region: its tasks are numbered from `first_task`.
+struct Share<'a> {
+    ffn: &'a Ffn<Weight>,
+    group: RowGroup,
+    first_task: usize,
+}
+
+pub(super) fn grouped(
+    backend: &CpuBackend,
+    op: &'static str,
+    queue: &mut CpuQueue,
+    x: &Buffer,
+    experts: &[&Ffn<Weight>],
+    groups: &[RowGroup],
+    y: &mut Buffer,
+) -> Result<(), OpsError> {
+    for ffn in experts {
+        check_ffn(op, x, ffn, y)?;
+        check::equal(op, "inner width of an expert", ffn.inner, experts[0].inner)?;
+    }
+    check::groups(op, groups, experts.len(), x.dims, y.dims)?;
+    let active: Vec<RowGroup> = groups.iter().copied().filter(|group| group.rows > 0).collect();
+    let Some(end) = active.iter().map(|group| group.first_row + group.rows).max() else {
+        return Ok(());
+    };
+    let stride = experts.first().map_or(0, |ffn| ffn.inner);
+    let blocks = quant::blocks(stride);
+    let quantises = experts.iter().any(|ffn| backend.quantises(&ffn.gate_up));
+    let quantised = match quantises {
+        true => Some(transfer::quantise(backend, op, queue, x, end, &|row| row)?),
+        false => None,
+    };
+    let inner = Out(queue.inner.floats(op, end * stride)?.as_mut_ptr());
+    let inner_scales = Out(queue.inner_scales.floats(op, end * blocks)?.as_mut_ptr());
+    let inner_rows = Rows { base: inner.get(), stride, index: std::ptr::null() };
+
+    let chunk = gate_up_chunk(backend, &active, experts);
+    run(backend, experts, &active, chunk, |ffn| &ffn.gate_up, &|share, panels, rows| {
+        let ffn = share.ffn;
+        let product = match (&quantised, backend.quantises(&ffn.gate_up)) {
+            (Some(q), true) => {
+                let input = Rows { base: q.values, ..x.input() };
+                Product::new(&ffn.gate_up, input, inner_rows, backend.silu_finish())
+                    .with_input_scales(q.scales)
+            }
+            _ => Product::new(&ffn.gate_up, x.input(), inner_rows, backend.silu_finish()),
+        };
+        // SAFETY: the group's rows exist in `x` and in the scratch; groups do not overlap and tasks of a group
+        // differ in panels, so these inner channels are this task's.
+        unsafe { (backend.kernels.product)(&product, panels.clone(), rows.clone()) };
+        if backend.quantises(&ffn.down) {
+            let first = panels.start / 2 * LANES;
+            let width = (panels.end / 2 * LANES).min(ffn.inner) - first;
+            for row in rows {
+                // SAFETY: as above; chunks are whole quantiser blocks.
+                unsafe {
+                    let at = inner.get().add(row * stride + first);
+                    let scales = inner_scales.get().add(row * blocks + first / BLOCK);
+                    (backend.kernels.quantise)(at, width, at, scales);
+                }
+            }
+        }
+    });
+
+    let out = y.output();
+    let widest = experts.iter().map(|ffn| ffn.down.panels).max().unwrap_or(0);
+    let chunk = chunk_of(backend, &active, widest, 4);
+    run(backend, experts, &active, chunk, |ffn| &ffn.down, &|share, panels, rows| {
+        let product = Product::new(&share.ffn.down, inner_rows, out, backend.finish());
+        let product = if backend.quantises(&share.ffn.down) {
+            product.with_input_scales(inner_scales.get())
+        } else {
+            product
+        };
+        // SAFETY: inner rows of the group are complete (the region before); these outputs are this task's.
+        unsafe { (backend.kernels.product)(&product, panels, rows) };
+    });
+    Ok(())
+}
+
+fn check_ffn(op: &'static str, x: &Buffer, ffn: &Ffn<Weight>, y: &Buffer) -> Result<(), OpsError> {
+    check::equal(op, "columns of x", x.dims.cols, ffn.gate_up.dims.cols)?;
+    check::equal(op, "columns of y", y.dims.cols, ffn.down.dims.rows)?;
+    check::equal(op, "inner width of gate_up", ffn.gate_up.dims.rows, ffn.inner)?;
+    check::equal(op, "columns of down", ffn.down.dims.cols, ffn.inner)?;
+    let arranged = ffn.gate_up.arrangement == Arrangement::GateUp || ffn.inner == 0;
+    if arranged && ffn.down.arrangement == Arrangement::Plain {
+        return Ok(());
+    }
+    Err(OpsError::Device { op, message: "the block was not made by load_ffn".to_owned() })
+}
+
+/// Panels per task: about four tasks per thread over all groups, in multiples of `unit`.
+fn chunk_of(backend: &CpuBackend, groups: &[RowGroup], panels: usize, unit: usize) -> usize {
+    let wanted = (4 * backend.threads()).div_ceil(groups.len().max(1));
+    panels.div_ceil(wanted).next_multiple_of(unit).max(unit)
+}
+
+fn gate_up_chunk(backend: &CpuBackend, groups: &[RowGroup], experts: &[&Ffn<Weight>]) -> usize {
+    let panels = experts.iter().map(|ffn| ffn.gate_up.panels).max().unwrap_or(0);
+    let quantises = experts.iter().any(|ffn| backend.quantises(&ffn.down));
+    let unit = if quantises { PANELS_PER_BLOCK } else { 4 };
+    chunk_of(backend, groups, panels, unit)
+}
+
+/// One region: calls `f(share, panels, rows)` for every group and chunk of its matrix's panels.
+fn run<'a>(
+    backend: &CpuBackend,
+    experts: &[&'a Ffn<Weight>],
+    groups: &[RowGroup],
+    chunk: usize,
+    matrix: impl Fn(&'a Ffn<Weight>) -> &'a Weight + Sync,
+    f: &(dyn Fn(&Share<'a>, std::ops::Range<usize>, std::ops::Range<usize>) + Sync),
+) {
+    let mut shares: Vec<Share<'a>> = Vec::with_capacity(groups.len());
+    let (mut tasks, mut cost) = (0, 0);
+    for group in groups {
+        let ffn = experts[group.expert];
+        let weight = matrix(ffn);
+        shares.push(Share { ffn, group: *group, first_task: tasks });
+        tasks += weight.panels.div_ceil(chunk);
+        cost += product_ns(weight.panels, weight.blocks.len, group.rows);
+    }
+    backend.pool.run(tasks, cost, &|task, _| {
+        let index = shares.partition_point(|share| share.first_task <= task) - 1;
+        let share = &shares[index];
+        let first = (task - share.first_task) * chunk;
+        let panels = first..(first + chunk).min(matrix(share.ffn).panels);
+        let rows = share.group.first_row..share.group.first_row + share.group.rows;
+        f(share, panels, rows);
+    });
+}

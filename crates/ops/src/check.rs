@@ -1,0 +1,384 @@
+//! Validation that every backend shares, so that a bad call is refused with the same words on each and
+//! kernels may rely on shapes without looking again.
+
+use cadre_numerics::{e4m3, quant};
+use cadre_types::{PageId, Position};
+
+use crate::{
+    backend::OpsError,
+    host::{HostMatrix, HostRows, MatrixData, RowFormat},
+    shape::{AttentionShape, DecodeRow, GateShape, KvLayout, PrefillSegment, RowGroup},
+};
+
+/// Rows and columns of a buffer or a matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dims {
+    /// Rows (of a buffer: its capacity).
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+}
+
+/// `found == expected`.
+pub fn equal(op: &'static str, what: &'static str, found: usize, expected: usize) -> Result<(), OpsError> {
+    if found == expected { Ok(()) } else { Err(OpsError::Shape { op, what, found, expected }) }
+}
+
+/// `found >= needed`, for capacities.
+pub fn at_least(op: &'static str, what: &'static str, found: usize, needed: usize) -> Result<(), OpsError> {
+    if found >= needed { Ok(()) } else { Err(OpsError::Shape { op, what, found, expected: needed }) }
+}
+
+/// `index < limit`.
+pub fn index(op: &'static str, what: &'static str, index: usize, limit: usize) -> Result<(), OpsError> {
+    if index < limit { Ok(()) } else { Err(OpsError::Range { op, what, index, limit }) }
+}
+
+/// `a * b`, or the refusal of a size that no machine has.
+pub fn product(op: &'static str, a: usize, b: usize) -> Result<usize, OpsError> {
+    a.checked_mul(b)
+        .filter(|n| *n <= isize::MAX as usize / 16)
+        .ok_or(OpsError::OutOfMemory { op, bytes: usize::MAX })
+}
+
+/// `x [rows.., w.cols]`, `y [rows.., w.rows]`.
+pub fn linear(op: &'static str, x: Dims, w: Dims, rows: usize, y: Dims) -> Result<(), OpsError> {
+    equal(op, "columns of x", x.cols, w.cols)?;
+    equal(op, "columns of y", y.cols, w.rows)?;
+    at_least(op, "row capacity of x", x.rows, rows)?;
+    at_least(op, "row capacity of y", y.rows, rows)
+}
+
+/// Two buffers of one width that both hold `rows`.
+pub fn same_width(op: &'static str, x: Dims, y: Dims, rows: usize) -> Result<(), OpsError> {
+    equal(op, "columns of y", y.cols, x.cols)?;
+    at_least(op, "row capacity of x", x.rows, rows)?;
+    at_least(op, "row capacity of y", y.rows, rows)
+}
+
+/// Sizes of a matrix's data, and values that no kernel may see: elements that are not finite (for e4m3:
+/// NaN codes), scales that are not finite and positive or overflow when folded with 2^8.
+pub fn matrix(op: &'static str, matrix: &HostMatrix<'_>) -> Result<(), OpsError> {
+    let elements = product(op, matrix.rows, matrix.cols)?;
+    match matrix.data {
+        MatrixData::F32(bytes) => {
+            equal(op, "bytes of F32 elements", bytes.len(), elements * 4)?;
+            let values = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+            finite(op, "element", values)
+        }
+        MatrixData::Bf16(bytes) => {
+            equal(op, "bytes of BF16 elements", bytes.len(), elements * 2)?;
+            let mut codes = bytes.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b));
+            match codes.position(|code| code & 0x7F80 == 0x7F80) {
+                None => Ok(()),
+                Some(index) => Err(OpsError::BadValue { op, what: "element", index, value: f32::NAN }),
+            }
+        }
+        MatrixData::E4m3 { codes, scales } => {
+            equal(op, "bytes of e4m3 codes", codes.len(), elements)?;
+            let blocks = quant::blocks(matrix.rows) * quant::blocks(matrix.cols);
+            equal(op, "block scales", scales.len(), blocks)?;
+            if let Some(index) = codes.iter().position(|code| e4m3::is_nan(*code)) {
+                return Err(OpsError::BadValue { op, what: "e4m3 code", index, value: f32::NAN });
+            }
+            let bad = |s: &f32| !(*s > 0.0 && (*s * e4m3::FOLD).is_finite());
+            match scales.iter().position(bad) {
+                None => Ok(()),
+                Some(index) => Err(OpsError::BadValue { op, what: "scale", index, value: scales[index] }),
+            }
+        }
+    }
+}
+
+/// Every value is finite.
+pub fn finite(
+    op: &'static str,
+    what: &'static str,
+    values: impl IntoIterator<Item = f32>,
+) -> Result<(), OpsError> {
+    match values.into_iter().enumerate().find(|(_, value)| !value.is_finite()) {
+        None => Ok(()),
+        Some((index, value)) => Err(OpsError::BadValue { op, what, index, value }),
+    }
+}
+
+/// gate, up and down of a feed-forward block; returns (hidden, inner).
+pub fn ffn(
+    op: &'static str,
+    gate: &HostMatrix<'_>,
+    up: &HostMatrix<'_>,
+    down: &HostMatrix<'_>,
+) -> Result<(usize, usize), OpsError> {
+    let (hidden, inner) = (gate.cols, gate.rows);
+    equal(op, "rows of up_proj", up.rows, inner)?;
+    equal(op, "columns of up_proj", up.cols, hidden)?;
+    equal(op, "rows of down_proj", down.rows, hidden)?;
+    equal(op, "columns of down_proj", down.cols, inner)?;
+    if std::mem::discriminant(&gate.data) != std::mem::discriminant(&up.data) {
+        let message = "gate_proj and up_proj have different element types".to_owned();
+        return Err(OpsError::Device { op, message });
+    }
+    matrix(op, gate)?;
+    matrix(op, up)?;
+    matrix(op, down)?;
+    Ok((hidden, inner))
+}
+
+/// Sizes of encoded rows.
+pub fn host_rows(op: &'static str, rows: &HostRows<'_>) -> Result<(), OpsError> {
+    product(op, rows.rows, rows.cols)?;
+    let bytes = rows.rows * rows.format.row_bytes(rows.cols);
+    let scales = rows.rows * rows.format.row_scales(rows.cols) * 4;
+    equal(op, "bytes of encoded rows", rows.data.len(), bytes)?;
+    equal(op, "bytes of row scales", rows.scales.len(), scales)
+}
+
+/// An attention shape that kernels can run.
+pub fn attention_shape(op: &'static str, shape: &AttentionShape) -> Result<(), OpsError> {
+    equal(op, "rope width modulo 2", shape.rope % 2, 0)?;
+    equal(op, "entries of inv_freq", shape.inv_freq.len(), shape.rope / 2)?;
+    at_least(op, "heads", shape.heads, 1)?;
+    at_least(op, "value width", shape.v, 1)?;
+    at_least(op, "latent width", shape.kv_lora, 1)?;
+    at_least(op, "query width", shape.nope + shape.rope, 1)?;
+    finite(op, "inverse frequency", shape.inv_freq.iter().copied())?;
+    finite(op, "softmax scale", [shape.softmax_scale, shape.rope_magnitude])
+}
+
+/// kv_b of an attention shape.
+pub fn kv_up(op: &'static str, shape: &AttentionShape, kv_b: &HostMatrix<'_>) -> Result<(), OpsError> {
+    attention_shape(op, shape)?;
+    equal(op, "rows of kv_b", kv_b.rows, shape.heads * (shape.nope + shape.v))?;
+    equal(op, "columns of kv_b", kv_b.cols, shape.kv_lora)?;
+    matrix(op, kv_b)
+}
+
+/// A cache geometry; returns its elements.
+pub fn kv_layout(op: &'static str, layout: &KvLayout) -> Result<usize, OpsError> {
+    equal(op, "tokens per page", layout.page_tokens, KvLayout::PAGE_TOKENS)?;
+    let rows = product(op, product(op, layout.layers, layout.pages)?, layout.page_tokens)?;
+    product(op, rows, layout.kv_lora_rank + layout.qk_rope_head_dim)
+}
+
+/// That a cache fits an attention shape and has the layer.
+pub fn cache(
+    op: &'static str,
+    shape: &AttentionShape,
+    layout: &KvLayout,
+    layer: usize,
+) -> Result<(), OpsError> {
+    equal(op, "latent width of the cache", layout.kv_lora_rank, shape.kv_lora)?;
+    equal(op, "rope width of the cache", layout.qk_rope_head_dim, shape.rope)?;
+    index(op, "layer", layer, layout.layers)
+}
+
+/// That a block table has pages, inside the pool, for positions `first..first + count`.
+pub fn pages(
+    op: &'static str,
+    layout: &KvLayout,
+    table: &[PageId],
+    first: Position,
+    count: usize,
+) -> Result<(), OpsError> {
+    if count == 0 {
+        return Ok(());
+    }
+    let start = first as usize / layout.page_tokens;
+    let end = (first as usize + count - 1) / layout.page_tokens;
+    index(op, "page of the block table", end, table.len())?;
+    table[start..=end].iter().try_for_each(|page| index(op, "page", page.index(), layout.pages))
+}
+
+/// Ranges of rows that lie below `capacity` and do not overlap.
+pub fn disjoint(
+    op: &'static str,
+    capacity: usize,
+    ranges: impl Iterator<Item = (usize, usize)> + Clone,
+) -> Result<(), OpsError> {
+    let mut ascending = true;
+    let mut end = 0;
+    for (first, rows) in ranges.clone().filter(|(_, rows)| *rows > 0) {
+        let stop = first.saturating_add(rows);
+        at_least(op, "row capacity", capacity, stop)?;
+        ascending &= first >= end;
+        end = stop;
+    }
+    if ascending {
+        return Ok(());
+    }
+    let mut sorted: Vec<_> = ranges.filter(|(_, rows)| *rows > 0).collect();
+    sorted.sort_unstable();
+    sorted.windows(2).try_for_each(|pair| {
+        at_least(op, "first row of a range after its predecessor", pair[1].0, pair[0].0 + pair[0].1)
+    })
+}
+
+/// Groups of a grouped feed-forward.
+pub fn groups(
+    op: &'static str,
+    groups: &[RowGroup],
+    experts: usize,
+    x: Dims,
+    y: Dims,
+) -> Result<(), OpsError> {
+    groups.iter().try_for_each(|group| index(op, "expert", group.expert, experts))?;
+    let ranges = groups.iter().map(|group| (group.first_row, group.rows));
+    disjoint(op, x.rows.min(y.rows), ranges)
+}
+
+/// Widths of the query and the output of attention.
+pub fn attention_io(op: &'static str, shape: &AttentionShape, q: Dims, out: Dims) -> Result<(), OpsError> {
+    equal(op, "columns of q", q.cols, shape.heads * (shape.nope + shape.rope))?;
+    equal(op, "columns of out", out.cols, shape.heads * shape.v)
+}
+
+/// Segments of a prefill step.
+pub fn segments(
+    op: &'static str,
+    shape: &AttentionShape,
+    layout: &KvLayout,
+    segments: &[PrefillSegment<'_>],
+    capacity: usize,
+) -> Result<(), OpsError> {
+    disjoint(op, capacity, segments.iter().map(|s| (s.first_row, s.rows)))?;
+    for segment in segments.iter().filter(|segment| segment.rows > 0) {
+        let last = segment.first_position as usize + segment.rows - 1;
+        index(op, "position", last, shape.max_positions)?;
+        pages(op, layout, segment.block_table, 0, last + 1)?;
+    }
+    Ok(())
+}
+
+/// Rows of a decode step.
+pub fn decode_rows(
+    op: &'static str,
+    shape: &AttentionShape,
+    layout: &KvLayout,
+    rows: &[DecodeRow<'_>],
+    capacity: usize,
+) -> Result<(), OpsError> {
+    disjoint(op, capacity, rows.iter().map(|row| (row.row, 1)))?;
+    for row in rows {
+        index(op, "position", row.position as usize, shape.max_positions)?;
+        pages(op, layout, row.block_table, 0, row.position as usize + 1)?;
+    }
+    Ok(())
+}
+
+/// A gate whose rule can be carried out.
+pub fn gate(
+    op: &'static str,
+    x: Dims,
+    weight: Dims,
+    bias: usize,
+    shape: &GateShape,
+    rows: usize,
+) -> Result<(), OpsError> {
+    equal(op, "columns of x", x.cols, weight.cols)?;
+    at_least(op, "row capacity of x", x.rows, rows)?;
+    equal(op, "rows of the gate matrix", weight.rows, shape.experts)?;
+    equal(op, "entries of the gate bias", bias, shape.experts)?;
+    at_least(op, "experts", shape.experts, 1)?;
+    at_least(op, "expert ids that fit u16", usize::from(u16::MAX) + 1, shape.experts)?;
+    at_least(op, "groups", shape.n_group, 1)?;
+    equal(op, "experts modulo groups", shape.experts % shape.n_group, 0)?;
+    at_least(op, "groups", shape.n_group, shape.topk_group)?;
+    let candidates = shape.topk_group * (shape.experts / shape.n_group);
+    at_least(op, "experts in the kept groups", candidates, shape.top_k)
+}
+
+/// Inputs of combine.
+pub fn combine(
+    op: &'static str,
+    expert_rows: &HostRows<'_>,
+    topk_weights: usize,
+    top_k: usize,
+    shared: Option<Dims>,
+    rows: usize,
+    x: Dims,
+) -> Result<(), OpsError> {
+    let pairs = product(op, rows, top_k)?;
+    host_rows(op, expert_rows)?;
+    equal(op, "expert rows", expert_rows.rows, pairs)?;
+    equal(op, "columns of the expert rows", expert_rows.cols, x.cols)?;
+    equal(op, "weights", topk_weights, pairs)?;
+    at_least(op, "row capacity of x", x.rows, rows)?;
+    shared.map_or(Ok(()), |shared| same_width(op, shared, x, rows))
+}
+
+/// Encoded rows as (data, scales) of one row; `rows` was checked by [`host_rows`].
+pub fn host_row<'a>(rows: &HostRows<'a>, row: usize) -> (&'a [u8], &'a [u8]) {
+    let bytes = rows.format.row_bytes(rows.cols);
+    let scales = rows.format.row_scales(rows.cols) * 4;
+    (&rows.data[row * bytes..(row + 1) * bytes], &rows.scales[row * scales..(row + 1) * scales])
+}
+
+/// Decodes one encoded row: exact, except that an e4m3 code times its scale is rounded to F32.
+pub fn decode_row(format: RowFormat, data: &[u8], scales: &[u8], out: &mut [f32]) {
+    match format {
+        RowFormat::F32 => {
+            for (value, bytes) in out.iter_mut().zip(data.as_chunks::<4>().0) {
+                *value = f32::from_le_bytes(*bytes);
+            }
+        }
+        RowFormat::Bf16 => {
+            for (value, bytes) in out.iter_mut().zip(data.as_chunks::<2>().0) {
+                *value = cadre_numerics::bf16::decode(u16::from_le_bytes(*bytes));
+            }
+        }
+        RowFormat::E4m3 => {
+            let blocks = out
+                .chunks_mut(cadre_numerics::BLOCK)
+                .zip(data.chunks(cadre_numerics::BLOCK))
+                .zip(scales.as_chunks::<4>().0);
+            for ((values, codes), scale) in blocks {
+                let scale = f32::from_le_bytes(*scale);
+                for (value, code) in values.iter_mut().zip(codes) {
+                    *value = e4m3::decode(*code) * scale;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlap_is_found_in_any_order() {
+        let check = |ranges: &[(usize, usize)]| disjoint("t", 10, ranges.iter().copied());
+        assert_eq!(check(&[(0, 3), (3, 7)]), Ok(()));
+        assert_eq!(check(&[(5, 5), (0, 5), (2, 0)]), Ok(()));
+        assert!(check(&[(0, 3), (2, 1)]).is_err());
+        assert!(check(&[(5, 2), (0, 6)]).is_err());
+        assert!(check(&[(8, 3)]).is_err());
+        assert!(check(&[(usize::MAX, 2)]).is_err());
+    }
+
+    #[test]
+    fn pages_are_checked_for_the_range_asked() {
+        let layout = KvLayout { layers: 1, pages: 4, page_tokens: 64, kv_lora_rank: 8, qk_rope_head_dim: 4 };
+        let table = [PageId(9), PageId(3)];
+        assert_eq!(pages("t", &layout, &table, 64, 64), Ok(()));
+        assert!(pages("t", &layout, &table, 63, 1).is_err(), "page 9 is outside the pool");
+        assert!(pages("t", &layout, &table, 64, 65).is_err(), "a third page is needed");
+        assert_eq!(pages("t", &layout, &[], 7, 0), Ok(()));
+    }
+
+    #[test]
+    fn bad_weights_are_named() {
+        let codes = [0_u8, 0x7F];
+        let bad = |scales: &[f32]| {
+            let data = MatrixData::E4m3 { codes: &codes[..1], scales };
+            matrix("load", &HostMatrix { rows: 1, cols: 1, data })
+        };
+        assert_eq!(bad(&[1.0]), Ok(()));
+        for scale in [0.0, -1.0, f32::NAN, f32::INFINITY, f32::MAX] {
+            assert!(matches!(bad(&[scale]), Err(OpsError::BadValue { what: "scale", .. })));
+        }
+        let data = MatrixData::E4m3 { codes: &codes, scales: &[1.0] };
+        let error = matrix("load", &HostMatrix { rows: 1, cols: 2, data });
+        assert!(matches!(error, Err(OpsError::BadValue { what: "e4m3 code", index: 1, .. })));
+    }
+}
