@@ -1,0 +1,50 @@
+//! `cadre inspect`: what a checkpoint is, what each tier and shard would hold, and what is wrong with it.
+
+use std::{num::NonZeroUsize, path::PathBuf, thread::available_parallelism};
+
+use anyhow::{Result, bail};
+use cadre_checkpoint::inspect::{self, Layout, Options};
+use clap::Args;
+
+use crate::{output, progress};
+
+/// Describes a checkpoint from its headers.
+#[derive(Args, Debug)]
+pub(crate) struct InspectArgs {
+    /// A Hugging Face folder.
+    dir: PathBuf,
+    /// Expert shards of the layout to describe.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    shards: usize,
+    /// Extra slots per layer over all shards.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    redundant_slots: usize,
+    /// Read every weight and judge every number (NaN codes, bad scales), not only the headers.
+    #[arg(long)]
+    verify: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command; a checkpoint with problems is an error.
+pub(crate) fn run(args: &InspectArgs) -> Result<()> {
+    let threads = available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let options = Options {
+        layout: Layout { shards: args.shards, redundant_slots: args.redundant_slots },
+        hash: true,
+        verify: args.verify.then_some(threads),
+    };
+    let bar = progress::bytes("verifying");
+    let report = inspect::inspect(&args.dir, &options, &|done, total| progress::set(&bar, done, total));
+    bar.finish_and_clear();
+    if args.json {
+        output::json(&report)?;
+    } else {
+        output::line(&report.to_string());
+    }
+    match report.problems.total() {
+        0 => Ok(()),
+        total => bail!("{} has {total} problems", args.dir.display()),
+    }
+}

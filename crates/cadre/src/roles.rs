@@ -1,0 +1,115 @@
+//! The roles as commands: flags in, options of the role's crate out, and the request to stop.
+//!
+//! Each role prints one line of JSON on standard output once all its servers listen: the addresses, which
+//! matter where a port was 0. Everything else goes to the log on standard error.
+
+use std::{
+    fmt, future::Future, net::SocketAddr, num::ParseFloatError, path::PathBuf, str::FromStr, time::Duration,
+};
+
+use anyhow::{Context, Result};
+use cadre_telemetry::{LogFormat, init_logging};
+use cadre_types::NumericsClass;
+use clap::Args;
+use serde::Serialize;
+use tokio::sync::oneshot;
+
+use crate::{output, stop};
+
+mod expert;
+mod router;
+mod worker;
+
+pub(crate) use expert::{ExpertArgs, expert};
+pub(crate) use router::{RouterArgs, router};
+pub(crate) use worker::{WorkerArgs, worker};
+
+/// What every role needs.
+#[derive(Args, Clone, Debug)]
+struct RoleArgs {
+    /// A Hugging Face folder of the DeepSeek-V3 architecture.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Numerics class: f32, bf16 or fp8 (docs/numerics.md). The same for every process of a model.
+    #[arg(long, value_name = "CLASS", default_value_t = NumericsClass::Bf16)]
+    numerics: NumericsClass,
+    /// Log filter (`info`, `warn,cadre_dispatch=debug`).
+    #[arg(long, value_name = "FILTER", default_value = "info")]
+    log: String,
+    /// Log lines as text for people or as json for collectors.
+    #[arg(long, value_name = "FORMAT", default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+    /// Drain and exit when standard input ends (`cadre up` holds the other end).
+    #[arg(long)]
+    exit_on_stdin_close: bool,
+}
+
+impl RoleArgs {
+    /// Sets up the log under this name and returns the request to stop.
+    fn begin(&self, name: &str) -> Result<impl Future<Output = ()> + Send + 'static> {
+        init_logging(self.log_format, name, &self.log)?;
+        let requested = stop::requested(self.exit_on_stdin_close)?;
+        Ok(async move {
+            let cause = requested.await;
+            tracing::info!(cause, "asked to stop: draining");
+        })
+    }
+}
+
+/// A channel whose receiver prints the addresses as one line of JSON.
+fn announce<T: Serialize + Send + 'static>() -> oneshot::Sender<T> {
+    let (sender, receiver) = oneshot::channel();
+    tokio::spawn(async move {
+        // A role that fails before it listens drops the sender and says why itself.
+        if let Ok(addresses) = receiver.await
+            && let Err(error) = output::json(&addresses)
+        {
+            tracing::warn!(%error, "the addresses could not be printed");
+        }
+    });
+    sender
+}
+
+/// A duration on the command line, in seconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Seconds(Duration);
+
+impl FromStr for Seconds {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let seconds: f64 = text.parse().map_err(|error: ParseFloatError| error.to_string())?;
+        Duration::try_from_secs_f64(seconds).map(Self).map_err(|error| error.to_string())
+    }
+}
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0.as_secs_f64())
+    }
+}
+
+/// Loopback with this port, for defaults.
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], port))
+}
+
+/// The error of a role under the role's name.
+fn named<T, E: Into<anyhow::Error>>(result: Result<T, E>, name: &str) -> Result<T> {
+    result.map_err(Into::into).with_context(|| name.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seconds_come_back_as_they_were_written() {
+        for text in ["90", "2.5", "0"] {
+            assert_eq!(text.parse::<Seconds>().expect("a duration").to_string(), text);
+        }
+        for text in ["-1", "soon", "inf", "NaN", "1e30"] {
+            text.parse::<Seconds>().expect_err(text);
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! `cadre expert`.
+
+use std::{net::SocketAddr, num::NonZeroUsize};
+
+use anyhow::Result;
+use cadre_expert::ExpertOptions;
+use cadre_types::ShardIndex;
+use clap::Args;
+
+use super::{RoleArgs, Seconds, announce, loopback, named};
+
+/// Holds the slots of one expert shard and answers workers' frames.
+#[derive(Args, Debug)]
+pub(crate) struct ExpertArgs {
+    #[command(flatten)]
+    role: RoleArgs,
+    /// Which shard it is, from 0.
+    #[arg(long, value_name = "INDEX")]
+    shard: u16,
+    /// `host:port` of the router's coordinator.
+    #[arg(long, value_name = "ADDR", default_value_t = loopback(50050).to_string())]
+    coordinator: String,
+    /// Where to serve workers; port 0 takes a free one.
+    #[arg(long, value_name = "ADDR", default_value_t = loopback(0))]
+    listen: SocketAddr,
+    /// `host:port` under which workers reach it. [default: where it listens]
+    #[arg(long, value_name = "ADDR")]
+    advertise: Option<String>,
+    /// Where to serve metrics, health and readiness; port 0 takes a free one.
+    #[arg(long, value_name = "ADDR", default_value_t = loopback(0))]
+    admin: SocketAddr,
+    /// Compute threads. [default: what the machine or its container allows]
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Longest wait for frames in hand when asked to stop, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "5")]
+    drain_timeout: Seconds,
+}
+
+impl ExpertArgs {
+    fn options(self) -> ExpertOptions {
+        ExpertOptions {
+            listen: self.listen,
+            advertise: self.advertise,
+            admin: self.admin,
+            numerics: self.role.numerics,
+            threads: self.threads,
+            drain: self.drain_timeout.0,
+            bound: Some(announce()),
+            ..ExpertOptions::new(self.role.model, ShardIndex(self.shard), self.coordinator)
+        }
+    }
+}
+
+/// Runs the role until it is asked to stop.
+pub(crate) async fn expert(args: ExpertArgs) -> Result<()> {
+    let name = format!("expert {}", args.shard);
+    let stop = args.role.begin(&name)?;
+    named(cadre_expert::run(args.options(), stop).await, &name)
+}

@@ -1,0 +1,275 @@
+//! The dispatcher's links: one per shard of the placement in force, with what is believed of each.
+
+use std::{sync::Arc, time::{Duration, Instant}};
+
+use cadre_types::{ClusterView, LayerId, LogicalExpert, MemberState, PlacementEpoch, ShardIndex};
+
+use super::{mailbox::Mailbox, step::InFlight};
+use crate::{
+    frame::{DispatchFrame, LinkError},
+    health::{Failure, HealthPolicy, ShardHealth},
+    stats::{DispatchStats, ShardStats, add},
+    transport::{Connect, DispatchTransport, Reply},
+};
+
+/// One shard as last listed.
+struct Link {
+    transport: Arc<dyn DispatchTransport>,
+    address: String,
+    /// Listed as ready; a shard that disappears from the view keeps its last word, because a restarting
+    /// coordinator lists nobody at first and the data plane goes on without it.
+    ready: bool,
+    listed: bool,
+    was_up: bool,
+}
+
+pub(super) struct Links {
+    policy: HealthPolicy,
+    connector: Arc<dyn Connect>,
+    mailbox: Arc<Mailbox>,
+    stats: Arc<DispatchStats>,
+    view: Option<Arc<ClusterView>>,
+    /// By shard index; `None` for a shard that was never listed.
+    links: Vec<Option<Link>>,
+    health: Vec<ShardHealth>,
+    shard_stats: Vec<Arc<ShardStats>>,
+    /// Probes that are out: at most one per shard.
+    probes: Vec<(u64, ShardIndex)>,
+}
+
+impl Links {
+    pub(super) fn new(
+        policy: HealthPolicy,
+        connector: Arc<dyn Connect>,
+        mailbox: Arc<Mailbox>,
+        stats: Arc<DispatchStats>,
+    ) -> Self {
+        Self {
+            policy,
+            connector,
+            mailbox,
+            stats,
+            view: None,
+            links: Vec::new(),
+            health: Vec::new(),
+            shard_stats: Vec::new(),
+            probes: Vec::new(),
+        }
+    }
+
+    /// The view in force.
+    pub(super) fn view(&self) -> Option<&Arc<ClusterView>> {
+        self.view.as_ref()
+    }
+
+    /// Its epoch.
+    pub(super) fn epoch(&self) -> PlacementEpoch {
+        self.view.as_ref().map_or(PlacementEpoch(0), |view| view.placement.epoch())
+    }
+
+    pub(super) fn health(&self) -> &[ShardHealth] {
+        &self.health
+    }
+
+    pub(super) fn health_mut(&mut self, shard: ShardIndex) -> &mut ShardHealth {
+        self.grow(shard.index() + 1);
+        &mut self.health[shard.index()]
+    }
+
+    pub(super) fn stats(&self, shard: ShardIndex) -> Arc<ShardStats> {
+        self.shard_stats
+            .get(shard.index())
+            .cloned()
+            .unwrap_or_else(|| self.stats.shard(shard))
+    }
+
+    fn grow(&mut self, shards: usize) {
+        while self.links.len() < shards {
+            let shard = ShardIndex(self.links.len() as u16);
+            self.links.push(None);
+            self.health.push(ShardHealth::default());
+            self.shard_stats.push(self.stats.shard(shard));
+        }
+    }
+
+    /// Takes up a view if it is new: links to new addresses, and no link to shards that the placement no
+    /// longer has. Returns the shards that were listed before and are not now.
+    pub(super) fn follow(&mut self, view: &Arc<ClusterView>, now: Instant) -> Vec<ShardIndex> {
+        if self.view.as_ref().is_some_and(|known| Arc::ptr_eq(known, view)) {
+            return Vec::new();
+        }
+        self.view = Some(view.clone());
+        let shards = view.placement.num_shards();
+        self.grow(shards);
+        for gone in &mut self.links[shards..] {
+            *gone = None;
+        }
+        let mut expired = Vec::new();
+        for index in 0..shards {
+            let shard = ShardIndex(index as u16);
+            match view.shard(shard) {
+                Some(member) => {
+                    self.relist(shard, &member.address, member.state == MemberState::Ready);
+                }
+                None => {
+                    if let Some(link) = &mut self.links[index]
+                        && std::mem::take(&mut link.listed)
+                    {
+                        expired.push(shard);
+                    }
+                }
+            }
+        }
+        self.notice_ups(now);
+        expired
+    }
+
+    fn relist(&mut self, shard: ShardIndex, address: &str, ready: bool) {
+        let index = shard.index();
+        if let Some(link) = &mut self.links[index]
+            && link.address == address
+        {
+            (link.ready, link.listed) = (ready, true);
+            return;
+        }
+        tracing::debug!(%shard, address, "linking to shard");
+        let mailbox = self.mailbox.clone();
+        let transport = self.connector.connect(shard, address, Arc::new(move || mailbox.wake()));
+        let was_up = transport.is_up();
+        // The old link goes with its outstanding frames, which fail as disconnected; what was believed of
+        // the old process does not hold for the new one.
+        self.links[index] =
+            Some(Link { transport, address: address.to_owned(), ready, listed: true, was_up });
+        let outstanding = self.health[index].outstanding();
+        self.health[index] = ShardHealth::default();
+        self.health[index].sent(outstanding as usize);
+    }
+
+    /// Brings probes of shards forward whose link has come up.
+    pub(super) fn notice_ups(&mut self, now: Instant) {
+        for (index, link) in self.links.iter_mut().enumerate() {
+            let Some(link) = link else { continue };
+            let up = link.transport.is_up();
+            if up && !link.was_up {
+                self.health[index].link_up(now);
+            }
+            link.was_up = up;
+        }
+        self.publish();
+    }
+
+    /// Whether frames may go to a shard.
+    pub(super) fn usable(&self, shard: usize) -> bool {
+        let ready = |link: &Link| link.ready && link.transport.is_up();
+        self.health.get(shard).is_some_and(ShardHealth::admitted)
+            && self.links[shard].as_ref().is_some_and(ready)
+    }
+
+    /// Brings the gauges up to date.
+    pub(super) fn publish(&self) {
+        for (shard, stats) in self.shard_stats.iter().enumerate() {
+            let usable = u64::from(self.usable(shard));
+            stats.usable.store(usable, std::sync::atomic::Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn send(&self, shard: ShardIndex, frame: DispatchFrame, reply: Reply) {
+        match self.links.get(shard.index()).and_then(Option::as_ref) {
+            Some(link) => link.transport.send(frame, reply),
+            None => reply.send(Err(LinkError::Disconnected(format!("{shard} was never listed")))),
+        }
+    }
+
+    /// Takes a frame's tokens off its shard's outstanding ones, once.
+    pub(super) fn release(&mut self, frame: &mut InFlight) {
+        let tokens = std::mem::take(&mut frame.outstanding);
+        self.health_mut(frame.shard).settled(tokens);
+    }
+
+    pub(super) fn computed(&mut self, shard: ShardIndex, now: Instant, took: Duration, queued: u32) {
+        let policy = self.policy;
+        let was_admitted = self.health_mut(shard).admitted();
+        self.health_mut(shard).computed(&policy, now, took, queued);
+        if !was_admitted {
+            tracing::info!(%shard, "shard is back: it answered a frame that had been given up");
+            self.publish();
+        }
+    }
+
+    pub(super) fn failed(&mut self, shard: ShardIndex, failure: Failure, now: Instant, what: &str) {
+        let policy = self.policy;
+        let ejected = self.health_mut(shard).failed(&policy, now, failure);
+        let stats = self.stats(shard);
+        add(&stats.failures[failure.index()], 1);
+        if ejected {
+            tracing::warn!(%shard, failure = failure.name(), what, "shard taken out");
+            add(&stats.ejections, 1);
+            self.publish();
+        }
+    }
+
+    /// Shards whose probe is due; each is now being probed.
+    pub(super) fn take_due_probes(&mut self, now: Instant) -> Vec<ShardIndex> {
+        let mut due = Vec::new();
+        for (index, health) in self.health.iter_mut().enumerate() {
+            let up = self.links[index].as_ref().is_some_and(|link| link.transport.is_up());
+            if up && health.take_due_probe(&self.policy, now) {
+                due.push(ShardIndex(index as u16));
+            }
+        }
+        due
+    }
+
+    pub(super) fn probing(&mut self, sequence: u64, shard: ShardIndex) {
+        self.probes.retain(|(_, probed)| *probed != shard);
+        self.probes.push((sequence, shard));
+    }
+
+    pub(super) fn take_probe(&mut self, sequence: u64) -> Option<ShardIndex> {
+        let at = self.probes.iter().position(|(probe, _)| *probe == sequence)?;
+        Some(self.probes.swap_remove(at).1)
+    }
+
+    pub(super) fn probed(&mut self, shard: ShardIndex, now: Instant, passed: bool) {
+        let policy = self.policy;
+        if self.health_mut(shard).probed(&policy, now, passed) {
+            tracing::info!(%shard, "shard is back: it answered a probe");
+            self.publish();
+        }
+    }
+
+    /// Shards that hold copies of an expert.
+    pub(super) fn copies(&self, layer: LayerId, expert: LogicalExpert) -> Vec<ShardIndex> {
+        let placement = self.view.as_ref().map(|view| &view.placement);
+        let replicas = placement.map_or(&[][..], |placement| placement.replicas(layer, expert));
+        replicas.iter().map(|replica| replica.shard).collect()
+    }
+
+    /// Why a shard is not used, for errors.
+    pub(super) fn describe(&self, shard: ShardIndex, now: Instant) -> String {
+        let Some(link) = self.links.get(shard.index()).and_then(Option::as_ref) else {
+            return format!("{shard} was never listed");
+        };
+        let at = &link.address;
+        if !link.transport.is_up() {
+            return format!("{shard} at {at} is not connected");
+        }
+        if !link.ready {
+            return format!("{shard} at {at} is not ready");
+        }
+        match self.health[shard.index()].next_probe() {
+            Some(next) => {
+                let wait = next.saturating_duration_since(now).as_millis();
+                format!("{shard} at {at} is taken out, next probe in {wait} ms")
+            }
+            None => format!("{shard} at {at} is usable"),
+        }
+    }
+
+    /// When the next probe of a shard whose link is up is due.
+    pub(super) fn next_probe(&self) -> Option<Instant> {
+        let up = |index: usize| self.links[index].as_ref().is_some_and(|link| link.transport.is_up());
+        let probes = self.health.iter().enumerate().filter(|(index, _)| up(*index));
+        probes.filter_map(|(_, health)| health.next_probe()).min()
+    }
+}

@@ -1,0 +1,227 @@
+//! Answers, failures and what follows from them: eject, plan again, strand, rescue, give up.
+
+use std::time::Instant;
+
+use cadre_ops::ExchangeError;
+use cadre_types::{Generation, LayerId, ShardIndex};
+
+use super::{
+    Dispatcher,
+    step::{Progress, Step, rows_of},
+};
+use crate::{
+    frame::{Answer, CombineFrame, LinkError, RefusalCode},
+    health::Failure,
+    plan::Pair,
+    stats::add,
+};
+
+impl Dispatcher {
+    pub(super) fn handle_answer(&mut self, sequence: u64, answer: Answer, at: Instant) {
+        if let Some(shard) = self.links.take_probe(sequence) {
+            if let Err(error) = &answer {
+                tracing::debug!(%shard, %error, "probe failed");
+            }
+            self.links.probed(shard, at, answer.is_ok());
+            return;
+        }
+        let Some(index) = self.steps.iter().position(|step| step.has_frame(sequence)) else {
+            add(&self.shared.stats.late_answers, 1);
+            return;
+        };
+        // Out of the queue while `self` works on it, and back to its place.
+        let Some(mut step) = self.steps.remove(index) else { return };
+        self.settle(&mut step, sequence, answer, at);
+        self.steps.insert(index, step);
+    }
+
+    /// Books the answer to a frame of this step.
+    fn settle(&mut self, step: &mut Step, sequence: u64, answer: Answer, at: Instant) {
+        let Some(frame) = step.frame_mut(sequence) else { return };
+        let shard = frame.shard;
+        match answer {
+            Ok(combined) => self.settle_rows(step, sequence, combined, at),
+            Err(error) => match failure_of(&error) {
+                Some(failure) => {
+                    self.fail_frame(step, sequence, failure, format!("{shard}: {error}"), at);
+                }
+                None => {
+                    self.links.release(frame);
+                    frame.progress = Progress::Failed;
+                    step.fatal = Some(self.fatal(step.layer, shard, &error));
+                }
+            },
+        }
+    }
+
+    fn settle_rows(&mut self, step: &mut Step, sequence: u64, combined: CombineFrame, at: Instant) {
+        let (combine, hidden) = (step.combine, step.hidden);
+        let Some(frame) = step.frame_mut(sequence) else { return };
+        let shard = frame.shard;
+        let expected = frame.targets.len() * combine.row_bytes(hidden);
+        let (found, format) = (combined.rows.len(), combined.format);
+        if format != combine || found != expected {
+            let what =
+                format!("{shard} answered {found} bytes of {format:?}, expected {expected} of {combine:?}");
+            self.fail_frame(step, sequence, Failure::BadAnswer, what, at);
+            return;
+        }
+        self.links.release(frame);
+        let round_trip = at.saturating_duration_since(frame.sent);
+        let waited = frame.progress == Progress::Waiting;
+        let signals = combined.signals;
+        self.links.computed(shard, at, round_trip, signals.queued_tokens);
+        let stats = &self.shared.stats;
+        stats.round_trip.observe(round_trip);
+        add(&stats.bytes_in, found);
+        add(&stats.queue_micros, signals.queue_micros as usize);
+        add(&stats.compute_micros, signals.compute_micros as usize);
+        if waited {
+            step.arrive(sequence, combined.rows);
+        } else {
+            add(&stats.late_answers, 1);
+            step.arrive_late(sequence, &combined.rows);
+        }
+    }
+
+    fn fatal(&self, layer: LayerId, shard: ShardIndex, error: &LinkError) -> ExchangeError {
+        match error {
+            LinkError::Refused(refusal) if refusal.code == RefusalCode::Generation => {
+                let ours = Generation { epoch: self.links.epoch(), ..self.shared.weights };
+                ExchangeError::Generation { layer, shard, ours, message: refusal.message.clone() }
+            }
+            other => ExchangeError::Malformed { layer, message: format!("{shard}: {other}") },
+        }
+    }
+
+    /// Takes the frame's shard out and plans its pairs again.
+    fn fail_frame(
+        &mut self,
+        step: &mut Step,
+        sequence: u64,
+        failure: Failure,
+        what: String,
+        now: Instant,
+    ) {
+        let Some(frame) = step.frame_mut(sequence) else { return };
+        let was_waiting = frame.progress == Progress::Waiting;
+        self.links.release(frame);
+        self.links.failed(frame.shard, failure, now, &what);
+        // A hung or unlisted shard may still answer, and the answer would be right; a failed frame is over.
+        let may_answer = matches!(failure, Failure::TimedOut | Failure::Expired);
+        frame.progress = if may_answer { Progress::Late } else { Progress::Failed };
+        if !was_waiting {
+            // Its pairs were planned again when it was given up.
+            return;
+        }
+        let (frame, targets) = (frame.frame.clone(), frame.targets.clone());
+        step.note_failure(now, what);
+        let pairs = step.pairs_of(&frame, &targets);
+        add(&self.shared.stats.retried_pairs, pairs.len());
+        let late = may_answer.then_some(sequence);
+        self.place(step, rows_of(&frame, step.hidden), &pairs, late);
+    }
+
+    /// Gives up the frames that a no-longer-listed shard has not answered.
+    pub(super) fn expire(&mut self, shard: ShardIndex, now: Instant) {
+        let what = format!("{shard} is no longer listed by the coordinator");
+        self.links.failed(shard, Failure::Expired, now, &what);
+        let mut steps = std::mem::take(&mut self.steps);
+        for step in &mut steps {
+            for sequence in step.waiting(|frame| frame.shard == shard) {
+                self.fail_frame(step, sequence, Failure::Expired, what.clone(), now);
+            }
+        }
+        self.steps = steps;
+    }
+
+    /// Gives up frames that are out for too long.
+    pub(super) fn time_out(&mut self, step: &mut Step, now: Instant) {
+        let bound = self.config.frame_timeout;
+        for sequence in step.waiting(|frame| now >= frame.sent + bound) {
+            let what = format!("no answer within {} ms", bound.as_millis());
+            self.fail_frame(step, sequence, Failure::TimedOut, what, now);
+        }
+    }
+
+    /// Plans stranded pairs again if a copy has come back.
+    pub(super) fn rescue(&mut self, step: &mut Step) {
+        if step.stranded.is_empty() {
+            return;
+        }
+        let Some(placement) = self.links.view().map(|view| view.placement.clone()) else { return };
+        for stranded in std::mem::take(&mut step.stranded) {
+            let has_copy = |pair: &Pair| {
+                let copies = placement.replicas(step.layer, pair.expert);
+                copies.iter().any(|copy| self.links.usable(copy.shard.index()))
+            };
+            if stranded.pairs.iter().any(has_copy) {
+                let hidden = step.hidden;
+                self.place(step, stranded.rows(hidden), &stranded.pairs, stranded.late);
+            } else {
+                step.stranded.push(stranded);
+            }
+        }
+    }
+
+    /// The next moment at which waiting for this step must be interrupted.
+    pub(super) fn deadline(&self, step: &Step, now: Instant) -> Instant {
+        let answer = step.oldest_waiting().map(|sent| sent + self.config.frame_timeout);
+        let uncovered = step.failing_since().map(|since| since + self.config.uncovered_wait);
+        let probe = if step.stranded.is_empty() { None } else { self.links.next_probe() };
+        let earliest = [answer, uncovered.filter(|at| *at > now), probe].into_iter().flatten().min();
+        earliest.unwrap_or(now + self.config.frame_timeout)
+    }
+
+    /// The error of a step that has looked for a live copy for too long. A step whose pairs always find
+    /// another copy to fail on gets one frame's time more, and then ends as well.
+    pub(super) fn give_up(&self, step: &Step, now: Instant) -> Option<ExchangeError> {
+        let waited = now.saturating_duration_since(step.failing_since()?);
+        let bound = if step.stranded.is_empty() {
+            self.config.uncovered_wait + self.config.frame_timeout
+        } else {
+            self.config.uncovered_wait
+        };
+        if waited < bound {
+            return None;
+        }
+        let expert = step.missing_expert()?;
+        add(&self.shared.stats.uncovered, 1);
+        let mut last_failure = step.last_failure.clone();
+        for copy in self.links.copies(step.layer, expert) {
+            if !last_failure.is_empty() {
+                last_failure.push_str("; ");
+            }
+            last_failure.push_str(&self.links.describe(copy, now));
+        }
+        Some(ExchangeError::Uncovered {
+            layer: step.layer,
+            expert,
+            epoch: self.links.epoch(),
+            waited_ms: waited.as_millis() as u64,
+            last_failure,
+        })
+    }
+
+    /// Drops a step that nobody will combine.
+    pub(super) fn forget(&mut self, mut step: Step) {
+        for frame in &mut step.frames {
+            self.links.release(frame);
+        }
+    }
+}
+
+/// How a failure counts against the shard; `None` if retrying anywhere is pointless.
+fn failure_of(error: &LinkError) -> Option<Failure> {
+    match error {
+        LinkError::Disconnected(_) => Some(Failure::Unreachable),
+        LinkError::Backlogged { .. } | LinkError::Dropped => Some(Failure::Refused),
+        LinkError::Refused(refusal) => match refusal.code {
+            RefusalCode::Epoch
+            | RefusalCode::Overloaded
+            | RefusalCode::Unavailable
+            | RefusalCode::Internal => Some(Failure::Refused),
+            RefusalCode::Generation | RefusalCode::Malformed | RefusalCode::Oversize => None,
+        },
+    }
+}

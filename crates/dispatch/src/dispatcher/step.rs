@@ -1,0 +1,238 @@
+//! One exchange under way: its frames, its stranded pairs and the rows that have arrived.
+
+use std::{collections::HashMap, time::Instant};
+
+use bytes::Bytes;
+use cadre_ops::{DispatchBatch, ExchangeError, ExchangeTicket, ExpertRows, HostRows, RowFormat};
+use cadre_types::{LayerId, LogicalExpert, ShardIndex};
+
+use crate::{
+    frame::DispatchFrame,
+    plan::{Pair, gather, scatter},
+};
+
+/// How far a frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// Sent, no answer yet.
+    Waiting,
+    /// Its rows have arrived.
+    Arrived,
+    /// Failed; its pairs went elsewhere or are stranded.
+    Failed,
+    /// Given up, but an answer would still be right for pairs that are stranded.
+    Late,
+}
+
+/// A frame that was sent. The frame is kept for a retry; its payload is shared with the link.
+#[derive(Debug)]
+pub(super) struct InFlight {
+    pub(super) shard: ShardIndex,
+    pub(super) frame: DispatchFrame,
+    pub(super) targets: Vec<u32>,
+    /// Tokens that count as outstanding on the shard: all, and none once answered or given up.
+    pub(super) outstanding: usize,
+    pub(super) sent: Instant,
+    pub(super) progress: Progress,
+}
+
+impl InFlight {
+    pub(super) fn new(
+        shard: ShardIndex,
+        frame: DispatchFrame,
+        targets: Vec<u32>,
+        sent: Instant,
+    ) -> Self {
+        let outstanding = targets.len();
+        Self { shard, frame, targets, outstanding, sent, progress: Progress::Waiting }
+    }
+}
+
+/// Pairs without a usable copy, with the rows they need.
+#[derive(Debug)]
+pub(super) struct Stranded {
+    format: RowFormat,
+    data: Vec<u8>,
+    scales: Vec<u8>,
+    /// Rows index `data`.
+    pub(super) pairs: Vec<Pair>,
+    /// A frame whose late answer has these pairs.
+    pub(super) late: Option<u64>,
+}
+
+impl Stranded {
+    /// Copies the rows that `pairs` need: stranding is rare, and keeping a whole frame for one row is not.
+    pub(super) fn new(rows: HostRows<'_>, pairs: &[Pair], late: Option<u64>) -> Self {
+        let mut wanted: Vec<u32> = pairs.iter().map(|pair| pair.row).collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        let (mut data, mut scales) = (Vec::new(), Vec::new());
+        gather(rows, &wanted, &mut data, &mut scales);
+        let local = |row: u32| wanted.partition_point(|&other| other < row) as u32;
+        let pairs = pairs.iter().map(|pair| Pair { row: local(pair.row), ..*pair }).collect();
+        Self { format: rows.format, data, scales, pairs, late }
+    }
+
+    pub(super) fn rows(&self, hidden: usize) -> HostRows<'_> {
+        let rows = self.data.len() / self.format.row_bytes(hidden).max(1);
+        HostRows { format: self.format, rows, cols: hidden, data: &self.data, scales: &self.scales }
+    }
+}
+
+/// Answer rows not yet in the output.
+#[derive(Debug)]
+struct Arrived {
+    rows: Bytes,
+    targets: Vec<u32>,
+}
+
+/// One exchange.
+#[derive(Debug)]
+pub(super) struct Step {
+    pub(super) ticket: ExchangeTicket,
+    pub(super) layer: LayerId,
+    pub(super) hidden: usize,
+    pub(super) combine: RowFormat,
+    pub(super) topk_idx: Vec<u16>,
+    /// Ascending by sequence number.
+    pub(super) frames: Vec<InFlight>,
+    pub(super) stranded: Vec<Stranded>,
+    pub(super) fatal: Option<ExchangeError>,
+    pub(super) last_failure: String,
+    first_failure: Option<Instant>,
+    arrived: Vec<Arrived>,
+}
+
+impl Step {
+    pub(super) fn new(ticket: ExchangeTicket, batch: &DispatchBatch<'_>, combine: RowFormat) -> Self {
+        Self {
+            ticket,
+            layer: batch.layer,
+            hidden: batch.activations.cols,
+            combine,
+            topk_idx: batch.topk_idx.to_vec(),
+            frames: Vec::new(),
+            stranded: Vec::new(),
+            fatal: None,
+            last_failure: String::new(),
+            first_failure: None,
+            arrived: Vec::new(),
+        }
+    }
+
+    pub(super) fn has_frame(&self, sequence: u64) -> bool {
+        self.find(sequence).is_some()
+    }
+
+    fn find(&self, sequence: u64) -> Option<usize> {
+        self.frames.binary_search_by_key(&sequence, |frame| frame.frame.sequence).ok()
+    }
+
+    pub(super) fn frame_mut(&mut self, sequence: u64) -> Option<&mut InFlight> {
+        self.find(sequence).map(|at| &mut self.frames[at])
+    }
+
+    /// Notes that a frame failed.
+    pub(super) fn note_failure(&mut self, now: Instant, what: String) {
+        self.first_failure.get_or_insert(now);
+        self.last_failure = what;
+    }
+
+    /// Keeps pairs until a copy is usable.
+    pub(super) fn strand(&mut self, now: Instant, stranded: Stranded) {
+        self.first_failure.get_or_insert(now);
+        self.stranded.push(stranded);
+    }
+
+    /// When looking for copies began.
+    pub(super) fn failing_since(&self) -> Option<Instant> {
+        self.first_failure
+    }
+
+    /// The pairs of a frame of this step, in terms of the frame's own rows.
+    pub(super) fn pairs_of(&self, frame: &DispatchFrame, targets: &[u32]) -> Vec<Pair> {
+        let pair = |(&row, &target): (&u32, &u32)| Pair {
+            row,
+            expert: LogicalExpert(self.topk_idx[target as usize]),
+            target,
+        };
+        frame.pair_tokens.iter().zip(targets).map(pair).collect()
+    }
+
+    /// Sequence numbers of unanswered frames that satisfy a condition.
+    pub(super) fn waiting(&self, wanted: impl Fn(&InFlight) -> bool) -> Vec<u64> {
+        let waiting = self.frames.iter().filter(|frame| frame.progress == Progress::Waiting);
+        waiting.filter(|frame| wanted(frame)).map(|frame| frame.frame.sequence).collect()
+    }
+
+    /// When the oldest unanswered frame was sent.
+    pub(super) fn oldest_waiting(&self) -> Option<Instant> {
+        let waiting = self.frames.iter().filter(|frame| frame.progress == Progress::Waiting);
+        waiting.map(|frame| frame.sent).min()
+    }
+
+    /// An expert that waits for a copy, or else (a step that only ever fails) for an answer.
+    pub(super) fn missing_expert(&self) -> Option<LogicalExpert> {
+        let stranded = self.stranded.iter().flat_map(|stranded| &stranded.pairs);
+        let waiting = self.frames.iter().filter(|frame| frame.progress == Progress::Waiting);
+        let asked = waiting.flat_map(|frame| &frame.targets);
+        stranded
+            .map(|pair| pair.expert)
+            .next()
+            .or_else(|| asked.map(|&target| LogicalExpert(self.topk_idx[target as usize])).next())
+    }
+
+    /// Whether every row has arrived.
+    pub(super) fn is_done(&self) -> bool {
+        self.stranded.is_empty()
+            && self.frames.iter().all(|frame| frame.progress != Progress::Waiting)
+    }
+
+    /// Takes a frame's rows.
+    pub(super) fn arrive(&mut self, sequence: u64, rows: Bytes) {
+        if let Some(frame) = self.frame_mut(sequence) {
+            frame.progress = Progress::Arrived;
+            let targets = std::mem::take(&mut frame.targets);
+            self.arrived.push(Arrived { rows, targets });
+        }
+    }
+
+    /// Takes from a given-up frame's answer the rows that are stranded; the others were sent again and
+    /// come from elsewhere.
+    pub(super) fn arrive_late(&mut self, sequence: u64, rows: &Bytes) {
+        let width = self.combine.row_bytes(self.hidden);
+        let Some(at) = self.find(sequence) else { return };
+        let order: HashMap<u32, usize> =
+            self.frames[at].targets.iter().enumerate().map(|(row, &target)| (target, row)).collect();
+        let (late, others): (Vec<_>, Vec<_>) = std::mem::take(&mut self.stranded)
+            .into_iter()
+            .partition(|stranded| stranded.late == Some(sequence));
+        self.stranded = others;
+        for pair in late.iter().flat_map(|stranded| &stranded.pairs) {
+            if let Some(&row) = order.get(&pair.target) {
+                let rows = rows.slice(row * width..(row + 1) * width);
+                self.arrived.push(Arrived { rows, targets: vec![pair.target] });
+            }
+        }
+        self.frames[at].progress = Progress::Arrived;
+    }
+
+    /// Writes what has arrived.
+    pub(super) fn scatter_into(&mut self, out: &mut ExpertRows) {
+        let width = self.combine.row_bytes(self.hidden);
+        for arrived in self.arrived.drain(..) {
+            scatter(&arrived.rows, &arrived.targets, width, &mut out.data);
+        }
+    }
+}
+
+/// The rows that a frame carries.
+pub(super) fn rows_of(frame: &DispatchFrame, hidden: usize) -> HostRows<'_> {
+    HostRows {
+        format: frame.format,
+        rows: frame.tokens,
+        cols: hidden,
+        data: &frame.data,
+        scales: &frame.scales,
+    }
+}

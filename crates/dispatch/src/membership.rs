@@ -1,0 +1,320 @@
+//! Membership: a worker's or shard's lasting connection to the coordinator.
+//!
+//! [`join`] opens `Coordinator.Watch`, registers with the first report, reports every interval and at once
+//! when the state changes, and publishes each [`ClusterView`] that arrives. When the coordinator goes away
+//! it reconnects for ever with bounded back-off, and the last view stays published: the data plane serves
+//! on it. Only a refusal of our weights or numerics (`FAILED_PRECONDITION`) is final; [`Membership::refused`]
+//! resolves with its reason and the role should exit with it.
+
+use std::{sync::Arc, time::Duration};
+
+use cadre_proto::v1;
+use cadre_types::{ClusterView, Generation, Member, MemberState, PlacementEpoch};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::MissedTickBehavior,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
+
+use crate::{
+    backoff::{Backoff, BackoffPolicy},
+    tuning,
+};
+
+/// Reports that wait for the connection's send window. The task writes one at a time and skips ticks while
+/// it waits, so two (a tick's and a state change's) is all that can be pending.
+const PENDING_REPORTS: usize = 2;
+
+/// Bound on a clean farewell.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Where and how often to report.
+#[derive(Clone, Debug)]
+pub struct MembershipOptions {
+    /// `host:port` (or URI) of the coordinator.
+    pub coordinator: String,
+    /// Time between reports; the coordinator's lease is a multiple of it.
+    pub interval: Duration,
+    /// Reconnection delays.
+    pub backoff: BackoffPolicy,
+}
+
+impl MembershipOptions {
+    /// Reports every 500 ms.
+    pub fn new(coordinator: impl Into<String>) -> Self {
+        Self {
+            coordinator: coordinator.into(),
+            interval: Duration::from_millis(500),
+            backoff: BackoffPolicy::default(),
+        }
+    }
+}
+
+/// The load part of a report; who we are, our state and our epoch are filled in by the membership.
+#[derive(Clone, Debug, Default)]
+pub struct LoadReport {
+    /// Workers: sequences and pages.
+    pub worker: Option<v1::WorkerLoad>,
+    /// Shards: weight loading.
+    pub loading: Option<v1::LoadProgress>,
+    /// Workers: tokens per (layer, expert) since the previous call.
+    pub expert_load: Vec<v1::LayerLoad>,
+}
+
+/// Why a membership could not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum MembershipError {
+    /// The address is no URI.
+    #[error("coordinator address {address:?}: {source}")]
+    Address {
+        /// What was given.
+        address: String,
+        /// Why it is refused.
+        source: tonic::transport::Error,
+    },
+}
+
+/// A running membership. Dropping it leaves without a farewell.
+#[derive(Debug)]
+pub struct Membership {
+    /// Kept, so that no reader takes a refused (ended) membership for a closed channel.
+    views: watch::Sender<Option<Arc<ClusterView>>>,
+    standing: watch::Sender<Standing>,
+    refusal: watch::Receiver<Option<String>>,
+    task: JoinHandle<()>,
+}
+
+/// The part of a report that this process decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Standing {
+    state: MemberState,
+    epoch: PlacementEpoch,
+    leaving: bool,
+}
+
+struct Session<L> {
+    options: MembershipOptions,
+    member: Member,
+    generation: Generation,
+    load: L,
+    views: watch::Sender<Option<Arc<ClusterView>>>,
+    standing: watch::Receiver<Standing>,
+    refusal: watch::Sender<Option<String>>,
+}
+
+/// How a session ended.
+enum Ended {
+    Left,
+    Refused(String),
+    Lost { reason: String, had_view: bool },
+}
+
+/// Joins the cluster; must be called inside a tokio runtime. `member.state` is the first state reported and
+/// `generation.epoch` is ignored (nothing is applied yet). `load` is called once per report.
+pub fn join(
+    options: MembershipOptions,
+    member: Member,
+    generation: Generation,
+    load: impl FnMut() -> LoadReport + Send + 'static,
+) -> Result<Membership, MembershipError> {
+    let endpoint = tuning::endpoint(&options.coordinator)
+        .map_err(|source| MembershipError::Address { address: options.coordinator.clone(), source })?;
+    let views = watch::Sender::new(None);
+    let (refusal_tx, refusal) = watch::channel(None);
+    let first = Standing { state: member.state, epoch: PlacementEpoch(0), leaving: false };
+    let (standing, standing_rx) = watch::channel(first);
+    let session = Session {
+        options,
+        member,
+        generation,
+        load,
+        views: views.clone(),
+        standing: standing_rx,
+        refusal: refusal_tx,
+    };
+    let task = tokio::spawn(session.run(endpoint));
+    Ok(Membership { views, standing, refusal, task })
+}
+
+impl Membership {
+    /// The coordinator's latest view; `None` until the first arrives. Open as long as the membership lives.
+    pub fn views(&self) -> watch::Receiver<Option<Arc<ClusterView>>> {
+        self.views.subscribe()
+    }
+
+    /// Changes the reported state and reports it at once.
+    pub fn set_state(&self, state: MemberState) {
+        self.standing.send_if_modified(|standing| replace(&mut standing.state, state));
+    }
+
+    /// Changes the reported (applied) placement epoch and reports it at once.
+    pub fn set_epoch(&self, epoch: PlacementEpoch) {
+        self.standing.send_if_modified(|standing| replace(&mut standing.epoch, epoch));
+    }
+
+    /// Resolves when the coordinator refuses our generation, with its words. Pending otherwise.
+    pub async fn refused(&self) -> String {
+        let mut refusal = self.refusal.clone();
+        loop {
+            if let Some(reason) = refusal.borrow_and_update().clone() {
+                return reason;
+            }
+            if refusal.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// Closes the stream, so that the coordinator removes us now and not when the lease expires.
+    pub async fn leave(mut self) {
+        self.standing.send_modify(|standing| standing.leaving = true);
+        if tokio::time::timeout(LEAVE_TIMEOUT, &mut self.task).await.is_err() {
+            tracing::debug!("coordinator did not close the watch in time");
+        }
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn replace<T: PartialEq>(slot: &mut T, value: T) -> bool {
+    let changed = *slot != value;
+    *slot = value;
+    changed
+}
+
+impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
+    async fn run(mut self, endpoint: tonic::transport::Endpoint) {
+        let mut backoff = Backoff::new(self.options.backoff, &self.member.id);
+        loop {
+            match self.watch(&endpoint).await {
+                Ended::Left => return,
+                Ended::Refused(reason) => {
+                    tracing::error!(member = %self.member.id, reason, "the coordinator refused this member");
+                    self.refusal.send_replace(Some(reason));
+                    return;
+                }
+                Ended::Lost { reason, had_view } => {
+                    if had_view {
+                        backoff.reset();
+                    }
+                    let delay = backoff.next_delay();
+                    tracing::info!(coordinator = self.options.coordinator, reason, ?delay, "coordinator unreachable");
+                    if self.leaving_within(delay).await {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits out a back-off; true if we are told to leave meanwhile.
+    async fn leaving_within(&mut self, delay: Duration) -> bool {
+        let leaving = self.standing.wait_for(|standing| standing.leaving);
+        // A closed channel means that the membership was dropped, which aborts this task anyway.
+        tokio::time::timeout(delay, leaving).await.is_ok()
+    }
+
+    /// One connection: register, then report and receive until either end stops.
+    async fn watch(&mut self, endpoint: &tonic::transport::Endpoint) -> Ended {
+        let lost = |reason: String| Ended::Lost { reason, had_view: false };
+        let channel = match endpoint.connect().await {
+            Ok(channel) => channel,
+            Err(error) => return lost(tuning::describe(&error)),
+        };
+        let (reports, outgoing) = mpsc::channel(PENDING_REPORTS);
+        // The coordinator answers the call only after it has seen a report, so the first is queued before.
+        if reports.try_send(self.report()).is_err() {
+            return lost("report queue is full at birth".to_owned());
+        }
+        let mut client = v1::coordinator_client::CoordinatorClient::new(channel)
+            .max_decoding_message_size(cadre_proto::MAX_MESSAGE_BYTES);
+        let opened =
+            tokio::time::timeout(tuning::KEEP_ALIVE_TIMEOUT, client.watch(ReceiverStream::new(outgoing)));
+        match opened.await {
+            Ok(Ok(response)) => self.serve(reports, response.into_inner()).await,
+            Ok(Err(status)) => ended(&status, false),
+            Err(_) => lost("no answer to Watch".to_owned()),
+        }
+    }
+
+    async fn serve(
+        &mut self,
+        reports: mpsc::Sender<v1::Report>,
+        mut incoming: tonic::Streaming<v1::ClusterView>,
+    ) -> Ended {
+        let mut had_view = false;
+        let mut ticks = tokio::time::interval(self.options.interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        ticks.reset();
+        let mut standing = self.standing.clone();
+        loop {
+            tokio::select! {
+                message = incoming.message() => match message {
+                    Ok(Some(view)) => {
+                        had_view |= self.publish(&view);
+                        continue;
+                    }
+                    Ok(None) => return Ended::Lost { reason: "the coordinator closed the watch".to_owned(), had_view },
+                    Err(status) => return ended(&status, had_view),
+                },
+                _ = ticks.tick() => {}
+                changed = standing.changed() => {
+                    if changed.is_err() || standing.borrow_and_update().leaving {
+                        return Ended::Left;
+                    }
+                }
+            }
+            // A full queue means that the last report has not left yet; the next tick carries the same state,
+            // and state changes wait for room: two reports are pending at most.
+            if reports.capacity() > 0 && reports.try_send(self.report()).is_err() {
+                return Ended::Lost { reason: "the watch's request side closed".to_owned(), had_view };
+            }
+        }
+    }
+
+    fn report(&mut self) -> v1::Report {
+        let standing = *self.standing.borrow();
+        let load = (self.load)();
+        let member = Member { state: standing.state, ..self.member.clone() };
+        v1::Report {
+            member: Some((&member).into()),
+            generation: Some(Generation { epoch: standing.epoch, ..self.generation }.into()),
+            worker: load.worker,
+            loading: load.loading,
+            expert_load: load.expert_load,
+        }
+    }
+
+    /// Publishes a view that fits us; true if it did.
+    fn publish(&self, wire: &v1::ClusterView) -> bool {
+        let view = match ClusterView::try_from(wire) {
+            Ok(view) => view,
+            Err(error) => {
+                tracing::error!(%error, "view from the coordinator refused");
+                return false;
+            }
+        };
+        if let Err(error) = self.generation.check_weights(&view.generation) {
+            tracing::error!(%error, "view from the coordinator refused");
+            return false;
+        }
+        self.views.send_replace(Some(Arc::new(view)));
+        true
+    }
+}
+
+fn ended(status: &tonic::Status, had_view: bool) -> Ended {
+    match status.code() {
+        Code::FailedPrecondition => Ended::Refused(status.message().to_owned()),
+        code => Ended::Lost { reason: format!("{code:?}: {}", status.message()), had_view },
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,69 @@
+//! How every gRPC connection between cadre processes is set up, in one place, because each setting only
+//! helps if both ends have it: windows and frame size that fit a dispatch frame, no Nagle delay, and
+//! keep-alive pings, so that a silent partition is noticed without waiting for a request to time out.
+
+use std::time::Duration;
+
+use tonic::transport::{Endpoint, Server, server::TcpIncoming};
+
+/// HTTP/2 stream and connection window. A frame of `MAX_FRAME_BYTES` fits without a window update.
+pub const WINDOW_BYTES: u32 = 64 << 20;
+
+/// HTTP/2 frame size: a 229 KB dispatch frame is one DATA frame.
+pub const HTTP2_FRAME_BYTES: u32 = 1 << 20;
+
+/// A ping after this much silence.
+pub const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// A connection whose ping is unanswered this long is dead. Longer than a scheduling hiccup of a machine
+/// whose cores are all computing; requests have their own, shorter bounds.
+pub const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Bound on establishing a connection.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A client endpoint for `host:port` or a full URI.
+pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
+    let uri = if address.contains("://") {
+        address.to_owned()
+    } else {
+        format!("http://{address}")
+    };
+    Ok(Endpoint::from_shared(uri)?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .max_frame_size(HTTP2_FRAME_BYTES)
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .keep_alive_while_idle(true))
+}
+
+/// A server builder with the same settings. Serve it over [`incoming`], which sets TCP_NODELAY.
+pub fn server() -> Server {
+    Server::builder()
+        .tcp_nodelay(true)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .max_frame_size(HTTP2_FRAME_BYTES)
+        .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
+}
+
+/// Connections of a listener, each with TCP_NODELAY (tonic sets it only on listeners that it binds itself).
+pub fn incoming(listener: tokio::net::TcpListener) -> TcpIncoming {
+    TcpIncoming::from(listener).with_nodelay(Some(true))
+}
+
+/// An error with its causes: tonic's own text says only "transport error".
+pub(crate) fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text.push_str(": ");
+        text.push_str(&inner.to_string());
+        cause = inner.source();
+    }
+    text
+}

@@ -1,0 +1,180 @@
+//! One step: the plan as a batch, the network, and what came of every row.
+
+use std::{sync::Arc, time::Instant};
+
+use cadre_model::{LogitRows, ModelError, Segment, SegmentKind, StepBatch};
+use cadre_ops::{Backend, OpsError};
+use cadre_sampler::History;
+use cadre_scheduler::{CommitKind, Scheduler, Sequence, StepPlan};
+use cadre_types::{Position, SequenceId};
+
+use crate::{
+    error::{EngineError, HandoffError},
+    handoff::KvFinish,
+    request::{EngineEvent, GeneratedToken},
+    stats::{StepSample, add},
+};
+
+use super::{Part, StepLoop, handoff_out::StepWatch, nanos};
+
+impl<B: Backend> StepLoop<B> {
+    pub(super) fn step(&mut self, plan: &StepPlan) {
+        let began = Instant::now();
+        let mut handoff_failures = Vec::new();
+        let computed = self.forward(plan, &mut handoff_failures);
+        let forward = began.elapsed();
+        match computed {
+            Ok(()) => self.take_results(plan),
+            Err(error) => self.fail_step(plan, error),
+        }
+        for (id, failure) in handoff_failures {
+            if let Some(error) = failure {
+                self.fail(id, EngineError::Handoff(error));
+            }
+        }
+        let decode_rows = plan.decode.len();
+        let sample = StepSample {
+            total: began.elapsed(),
+            forward,
+            decode_rows,
+            prefill_rows: plan.rows() - decode_rows,
+        };
+        add(&self.stats.step_nanos, nanos(sample.total));
+        (self.on_step)(&sample);
+    }
+
+    fn forward(
+        &mut self,
+        plan: &StepPlan,
+        handoff_failures: &mut Vec<(SequenceId, Option<HandoffError>)>,
+    ) -> Result<(), ModelError> {
+        let Self { model, workspace, cache, exchange, scheduler, entries, stats, output, .. } = self;
+        let batch = batch(plan, scheduler);
+        let mut watch = StepWatch::new(stats, plan, scheduler, entries, handoff_failures);
+        model.forward(workspace, &batch, cache, &mut **exchange, &mut watch, output)
+    }
+
+    /// Commits every row of a step that succeeded, in the order of the batch.
+    fn take_results(&mut self, plan: &StepPlan) {
+        add(&self.stats.steps, 1);
+        add(&self.stats.decode_tokens, plan.decode.len() as u64);
+        add(&self.stats.prefill_tokens, (plan.rows() - plan.decode.len()) as u64);
+        let mut wanted = 0..;
+        for row in &plan.decode {
+            self.sampled(row.id, row.position + 1, wanted.next().unwrap_or(usize::MAX));
+        }
+        for chunk in &plan.prefill {
+            let end = chunk.first_position + chunk.len as Position;
+            if let Some(entry) = self.entries.get(&chunk.id)
+                && matches!(entry.part, Part::Outgoing(_))
+            {
+                let _ = entry.events.try_send(EngineEvent::Computed(end));
+            }
+            if chunk.last {
+                self.sampled(chunk.id, end, wanted.next().unwrap_or(usize::MAX));
+            } else if let Err(error) = self.scheduler.commit(chunk.id, CommitKind::Prefilled) {
+                self.fail(chunk.id, EngineError::Refused(error));
+            }
+        }
+    }
+
+    /// Samples the token at `position` from the step's `row`-th row of logits.
+    fn sampled(&mut self, id: SequenceId, position: Position, row: usize) {
+        let token = match self.sample(id, position, row) {
+            Ok(token) => token,
+            Err(error) => {
+                self.fail(id, error);
+                return;
+            }
+        };
+        add(&self.stats.sampled_tokens, 1);
+        if let Err(error) = self.scheduler.commit(id, CommitKind::Sampled(token.token)) {
+            self.fail(id, EngineError::Refused(error));
+            return;
+        }
+        if let Some(entry) = self.entries.get_mut(&id)
+            && let Part::Outgoing(outgoing) = &mut entry.part
+        {
+            let width = self.model.config().hidden_size;
+            let last_hidden = self.output.hidden[row * width..(row + 1) * width].to_vec();
+            outgoing.finish_with(KvFinish { first_token: token.clone(), last_hidden });
+            // The sequence ends when its last row has left, not by this token.
+            let _ = entry.events.try_send(EngineEvent::Token(token));
+            return;
+        }
+        self.accept(id, token);
+    }
+
+    fn sample(
+        &mut self,
+        id: SequenceId,
+        position: Position,
+        row: usize,
+    ) -> Result<GeneratedToken, EngineError> {
+        let width = self.model.config().vocab_size;
+        let logits = &mut self.output.logits[row * width..(row + 1) * width];
+        let (sequence, entry) = (planned(&self.scheduler, id), &self.entries[&id]);
+        let history = History { prompt: sequence.prompt(), output: sequence.output() };
+        let sample = self
+            .sampler
+            .sample(logits, &entry.sampling, history, position)
+            .map_err(|source| EngineError::Sample { position, source })?;
+        Ok(GeneratedToken {
+            position,
+            token: sample.token,
+            logprob: sample.logprob.map(|chosen| chosen.logprob),
+            top: sample.top.into_iter().map(|likely| (likely.token, likely.logprob)).collect(),
+        })
+    }
+
+    /// Fails the sequences of a step; of a NaN in the gate only the one whose row it is, because the others
+    /// would succeed without it and are planned again.
+    fn fail_step(&mut self, plan: &StepPlan, error: ModelError) {
+        add(&self.stats.failed_steps, 1);
+        tracing::warn!(%error, rows = plan.rows(), "step failed");
+        let culprit = match &error {
+            ModelError::Backend { source: OpsError::NanGate { row, .. }, .. } => Some(*row),
+            _ => None,
+        };
+        let source = Arc::new(error);
+        let decode = plan.decode.iter().map(|row| (row.id, row.position, 1));
+        let prefill = plan.prefill.iter().map(|chunk| (chunk.id, chunk.first_position, chunk.len));
+        let mut first_row = 0;
+        for (id, position, rows) in decode.chain(prefill) {
+            let mine = first_row..first_row + rows;
+            first_row += rows;
+            if culprit.is_none_or(|row| mine.contains(&row)) {
+                self.fail(id, EngineError::Step { position, source: Arc::clone(&source) });
+            }
+        }
+    }
+}
+
+/// The plan in the model's terms: decode rows, then chunks.
+fn batch<'a>(plan: &'a StepPlan, scheduler: &'a Scheduler) -> StepBatch<'a> {
+    let decode = plan.decode.iter().map(|row| Segment {
+        kind: SegmentKind::Decode,
+        tokens: std::slice::from_ref(&row.token),
+        first_position: row.position,
+        block_table: planned(scheduler, row.id).block_table(),
+        logits: LogitRows::Last,
+    });
+    let prefill = plan.prefill.iter().map(|chunk| {
+        let sequence = planned(scheduler, chunk.id);
+        let first = chunk.first_position as usize;
+        Segment {
+            kind: SegmentKind::Prefill,
+            tokens: &sequence.prompt()[first..first + chunk.len],
+            first_position: chunk.first_position,
+            block_table: sequence.block_table(),
+            logits: if chunk.last { LogitRows::Last } else { LogitRows::None },
+        }
+    });
+    StepBatch { segments: decode.chain(prefill).collect() }
+}
+
+fn planned(scheduler: &Scheduler, id: SequenceId) -> &Sequence {
+    scheduler
+        .sequence(id)
+        .expect("the plan names this scheduler's sequences, and none ends between plan and use")
+}

@@ -1,0 +1,101 @@
+//! Everything an expert shard can be told, with its defaults in one place.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    num::NonZeroUsize,
+    path::PathBuf,
+    time::Duration,
+};
+
+use cadre_types::{NumericsClass, ShardIndex};
+use serde::Serialize;
+use tokio::sync::oneshot;
+
+/// How a shard is set up.
+#[derive(Debug)]
+pub struct ExpertOptions {
+    /// The checkpoint; only our experts' byte ranges of it are read.
+    pub model_dir: PathBuf,
+    /// Which shard this is.
+    pub shard: ShardIndex,
+    /// `host:port` of the coordinator (the router's).
+    pub coordinator: String,
+    /// Where `cadre.v1.Expert` and health are served. Port 0 takes any free one.
+    pub listen: SocketAddr,
+    /// `host:port` under which workers reach it; absent is the bound address, which must then not be a
+    /// wildcard.
+    pub advertise: Option<String>,
+    /// Where metrics, health and readiness are served.
+    pub admin: SocketAddr,
+    /// The numerics class; the coordinator refuses another than its own.
+    pub numerics: NumericsClass,
+    /// Threads of the backend; absent takes what the machine or its container allows.
+    pub threads: Option<NonZeroUsize>,
+    /// Longest that frames are waited for when the shard is told to stop.
+    pub drain: Duration,
+    /// Receives the real addresses once every port is bound.
+    pub bound: Option<oneshot::Sender<BoundAddresses>>,
+}
+
+impl ExpertOptions {
+    /// The defaults for a checkpoint, a shard and a coordinator.
+    pub fn new(model_dir: PathBuf, shard: ShardIndex, coordinator: impl Into<String>) -> Self {
+        let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        Self {
+            model_dir,
+            shard,
+            coordinator: coordinator.into(),
+            listen: any_port,
+            advertise: None,
+            admin: any_port,
+            numerics: NumericsClass::default(),
+            threads: None,
+            drain: Duration::from_secs(5),
+            bound: None,
+        }
+    }
+}
+
+/// Where a shard listens indeed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BoundAddresses {
+    /// gRPC.
+    pub grpc: SocketAddr,
+    /// Admin.
+    pub admin: SocketAddr,
+}
+
+/// Why options are unusable.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OptionsError {
+    /// Nobody can be told a wildcard.
+    #[error("listen: {listen} is a wildcard; say with advertise how workers reach it")]
+    Wildcard {
+        /// What was bound.
+        listen: SocketAddr,
+    },
+}
+
+/// The address that workers are told.
+pub(crate) fn advertised(advertise: Option<&str>, bound: SocketAddr) -> Result<String, OptionsError> {
+    match advertise {
+        Some(address) => Ok(address.to_owned()),
+        None if bound.ip().is_unspecified() => Err(OptionsError::Wildcard { listen: bound }),
+        None => Ok(bound.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn a_wildcard_needs_an_advertised_address() {
+        let wildcard: SocketAddr = "0.0.0.0:7".parse().unwrap();
+        assert_eq!(advertised(None, wildcard), Err(OptionsError::Wildcard { listen: wildcard }));
+        assert_eq!(advertised(Some("shard-0:7"), wildcard).unwrap(), "shard-0:7");
+        assert_eq!(advertised(None, "127.0.0.1:7".parse().unwrap()).unwrap(), "127.0.0.1:7");
+    }
+}

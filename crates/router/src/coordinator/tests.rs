@@ -1,0 +1,271 @@
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use cadre_telemetry::Metrics;
+use cadre_types::{
+    LayerId, LayerPlacement, LogicalExpert, ModelHash, NumericsClass, PlacementEpoch, ShardIndex,
+};
+
+use super::{state::Refusal, *};
+
+const LEASE: Duration = Duration::from_secs(3);
+
+fn generation(epoch: u64) -> Generation {
+    Generation { model: ModelHash([7; 16]), numerics: NumericsClass::Bf16, epoch: PlacementEpoch(epoch) }
+}
+
+/// Two shards; expert 0 on both, expert 1 on shard 0, expert 2 on shard 1.
+fn placement() -> Placement {
+    let slots = vec![vec![LogicalExpert(0), LogicalExpert(1)], vec![LogicalExpert(2), LogicalExpert(0)]];
+    let layers = vec![LayerPlacement { layer: LayerId(1), slots }];
+    Placement::new(PlacementEpoch(1), 3, layers).unwrap()
+}
+
+fn report(id: &str, role: Role, state: MemberState) -> MemberReport {
+    MemberReport {
+        member: Member { id: MemberId(id.into()), role, address: format!("{id}:1"), state },
+        generation: generation(0),
+        load: WorkerLoad { total_pages: 10, free_pages: 10, ..WorkerLoad::default() },
+        loading: None,
+        expert_load: Vec::new(),
+    }
+}
+
+fn shard(index: u16, state: MemberState) -> MemberReport {
+    report(&format!("shard-{index}"), Role::Expert(ShardIndex(index)), state)
+}
+
+fn state() -> State {
+    State::new(generation(0), placement(), LEASE, Duration::from_secs(60))
+}
+
+fn join(state: &mut State, report: MemberReport) -> (ConnectionId, oneshot::Receiver<Status>) {
+    let (end, ended) = oneshot::channel();
+    let (connection, replaced) = state.join(Instant::now(), report, end).unwrap();
+    assert!(replaced.is_none());
+    (connection, ended)
+}
+
+fn refusal(state: &mut State, report: MemberReport) -> Refusal {
+    state.join(Instant::now(), report, oneshot::channel().0).unwrap_err()
+}
+
+fn members(state: &State) -> Vec<String> {
+    state.view().members.iter().map(|member| member.id.0.clone()).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_of_another_generation_is_refused_and_both_are_named() {
+    let mut state = state();
+    let mut other_model = shard(0, MemberState::Ready);
+    other_model.generation.model = ModelHash([8; 16]);
+    let status = Status::from(refusal(&mut state, other_model));
+    assert_eq!(status.code(), tonic::Code::FailedPrecondition);
+    for words in ["shard-0", &"07".repeat(16), &"08".repeat(16)] {
+        assert!(status.message().contains(words), "{} lacks {words}", status.message());
+    }
+    let mut other_class = shard(0, MemberState::Ready);
+    other_class.generation.numerics = NumericsClass::Fp8;
+    let status = Status::from(refusal(&mut state, other_class));
+    assert_eq!(status.code(), tonic::Code::FailedPrecondition);
+    assert!(status.message().contains("fp8") && status.message().contains("bf16"), "{}", status.message());
+    assert!(members(&state).is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shard_beyond_the_placement_is_refused() {
+    let status = Status::from(refusal(&mut state(), shard(2, MemberState::Ready)));
+    assert_eq!(status.code(), tonic::Code::InvalidArgument);
+    assert!(
+        status.message().contains("shard 2") && status.message().contains("2 shards"),
+        "{}",
+        status.message()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_report_renews_the_lease_and_silence_ends_it() {
+    let mut state = state();
+    let (connection, _ended) = join(&mut state, shard(0, MemberState::Ready));
+    join(&mut state, shard(1, MemberState::Ready));
+    tokio::time::advance(Duration::from_secs(2)).await;
+    state.report(Instant::now(), connection, shard(0, MemberState::Ready)).unwrap();
+    tokio::time::advance(Duration::from_secs(1)).await;
+    let lost = state.expire(Instant::now());
+    assert_eq!(lost.iter().map(|loss| loss.member.id.0.as_str()).collect::<Vec<_>>(), ["shard-1"]);
+    assert_eq!(members(&state), ["shard-0"]);
+    assert_eq!(state.next_expiry(), Some(Instant::now() + Duration::from_secs(2)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_second_stream_of_a_member_replaces_the_first() {
+    let mut state = state();
+    let (first, _ended) = join(&mut state, shard(0, MemberState::Starting));
+    let (end, _) = oneshot::channel();
+    let (second, replaced) = state.join(Instant::now(), shard(0, MemberState::Ready), end).unwrap();
+    assert_eq!(replaced.unwrap().cause.name(), "replaced");
+    // The goodbye of the first stream must not remove the second.
+    assert!(state.leave(first).is_none());
+    assert_eq!(state.report(Instant::now(), first, shard(0, MemberState::Ready)), Err(Refusal::Gone));
+    assert_eq!(members(&state), ["shard-0"]);
+    assert_eq!(state.leave(second).unwrap().cause.name(), "closed");
+    assert!(members(&state).is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn identity_may_not_change_on_a_stream() {
+    let mut state = state();
+    let (connection, _ended) = join(&mut state, shard(0, MemberState::Ready));
+    let change = |state: &mut State, change: &dyn Fn(&mut Member)| {
+        let mut report = shard(0, MemberState::Ready);
+        change(&mut report.member);
+        state.report(Instant::now(), connection, report).unwrap_err().to_string()
+    };
+    assert!(
+        change(&mut state, &|member| member.role = Role::Both).contains("role changed from expert 0 to both")
+    );
+    assert!(change(&mut state, &|member| member.address = "x:2".into()).contains("address changed"));
+    assert!(change(&mut state, &|member| member.id = MemberId("y".into())).contains("id changed"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn epochs_never_go_backwards_and_the_placement_stays() {
+    let mut state = state();
+    assert_eq!(state.view().generation.epoch, PlacementEpoch(1));
+    let mut applied = shard(0, MemberState::Ready);
+    applied.generation.epoch = PlacementEpoch(9);
+    join(&mut state, applied);
+    let view = state.view();
+    assert_eq!((view.generation.epoch, view.placement.epoch()), (PlacementEpoch(9), PlacementEpoch(9)));
+    assert_eq!(view.placement.layers(), placement().layers());
+    let mut older = shard(1, MemberState::Ready);
+    older.generation.epoch = PlacementEpoch(4);
+    join(&mut state, older);
+    assert_eq!(state.view().generation.epoch, PlacementEpoch(9));
+}
+
+#[tokio::test(start_paused = true)]
+async fn effects_tell_views_from_loads() {
+    let mut state = state();
+    let worker = |state| report("w", Role::Both, state);
+    let (connection, _ended) = join(&mut state, worker(MemberState::Starting));
+    let mut take = |report| state.report(Instant::now(), connection, report).unwrap();
+    assert_eq!(take(worker(MemberState::Starting)), Effect::Load);
+    assert_eq!(take(worker(MemberState::Ready)), Effect::View);
+    assert_eq!(take(worker(MemberState::Ready)), Effect::Load);
+    let (connection, _ended) = join(&mut state, shard(0, MemberState::Ready));
+    let effect = state.report(Instant::now(), connection, shard(0, MemberState::Ready)).unwrap();
+    assert_eq!(effect, Effect::Nothing);
+}
+
+#[tokio::test(start_paused = true)]
+async fn load_that_does_not_fit_is_refused_and_load_that_does_is_counted() {
+    let mut state = state();
+    let mut worker = report("w", Role::Both, MemberState::Ready);
+    worker.expert_load = vec![(LayerId(1), vec![5, 6, 7])];
+    let (connection, _ended) = join(&mut state, worker.clone());
+    state.report(Instant::now(), connection, worker.clone()).unwrap();
+    assert_eq!(state.expert_load(Instant::now()).layer(LayerId(1)), Some([10, 12, 14].as_slice()));
+    worker.expert_load = vec![(LayerId(1), vec![5])];
+    let error = state.report(Instant::now(), connection, worker).unwrap_err();
+    assert!(error.to_string().contains("1 experts, expected 3"), "{error}");
+}
+
+#[test]
+fn coverage_counts_ready_shards_only_and_names_the_expert() {
+    let mut view =
+        ClusterView { generation: generation(1), placement: Arc::new(placement()), members: Vec::new() };
+    view.members.push(shard(0, MemberState::Ready).member);
+    view.members.push(shard(1, MemberState::Starting).member);
+    let missing = uncovered(&view).unwrap();
+    assert!(missing.contains("expert 2 of layer 1") && missing.ends_with("shards not ready: 1"), "{missing}");
+    view.members[1].state = MemberState::Ready;
+    assert_eq!(uncovered(&view), None);
+    // A draining shard is on its way out; its replacement may register under the same index.
+    view.members[0].state = MemberState::Draining;
+    assert!(uncovered(&view).unwrap().contains("expert 1 of layer 1"));
+    view.members.push(Member { id: MemberId("shard-0b".into()), ..shard(0, MemberState::Ready).member });
+    assert_eq!(uncovered(&view), None);
+}
+
+// --- the owner task --------------------------------------------------------------------------------
+
+fn coordinator() -> Coordinator {
+    let metrics = RouterMetrics::register(&Metrics::new()).unwrap();
+    Coordinator::spawn(generation(0), placement(), LEASE, Duration::from_secs(60), metrics).0
+}
+
+async fn register(coordinator: &Coordinator, report: MemberReport) -> Joined {
+    let (reply, answer) = oneshot::channel();
+    coordinator.commands.send(Command::Join { report, reply }).await.unwrap();
+    answer.await.unwrap().unwrap()
+}
+
+async fn wait_for(views: &mut watch::Receiver<Arc<PublishedView>>, members: &[&str]) {
+    let reached = views.wait_for(|published| {
+        published.view.members.iter().map(|member| member.id.0.as_str()).eq(members.iter().copied())
+    });
+    reached.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_owner_removes_a_silent_member_and_says_so_on_its_stream() {
+    let coordinator = coordinator();
+    let mut views = coordinator.views();
+    let start = Instant::now();
+    let joined = register(&coordinator, report("w", Role::Both, MemberState::Ready)).await;
+    wait_for(&mut views, &["w"]).await;
+    assert_eq!(coordinator.workers().borrow().workers.len(), 1);
+    wait_for(&mut views, &[]).await;
+    assert_eq!(start.elapsed(), LEASE);
+    let status = joined.ended.await.unwrap();
+    assert_eq!(status.code(), tonic::Code::DeadlineExceeded);
+    assert!(status.message().contains("member w has not reported for 3s"), "{}", status.message());
+    assert!(coordinator.workers().borrow().workers.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn members_see_whole_views_and_slow_ones_skip_to_the_newest() {
+    let coordinator = coordinator();
+    let slow = register(&coordinator, shard(0, MemberState::Ready)).await;
+    for index in 0..5 {
+        register(&coordinator, report(&format!("w{index}"), Role::Both, MemberState::Starting)).await;
+    }
+    let seen = slow.views.borrow().view.members.len();
+    assert_eq!(seen, 6, "one look, everything at once");
+    let left = register(&coordinator, shard(1, MemberState::Ready)).await;
+    coordinator.commands.send(Command::Leave { connection: left.connection }).await.unwrap();
+    let mut views = coordinator.views();
+    wait_for(&mut views, &["shard-0", "w0", "w1", "w2", "w3", "w4"]).await;
+    let description = coordinator.describe().await.unwrap();
+    assert_eq!(description["covered"], false);
+    assert_eq!(description["members"][0]["shard"], 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn imbalance_is_measured_over_the_placement_in_force() {
+    let registry = Metrics::new();
+    let metrics = RouterMetrics::register(&registry).unwrap();
+    let (coordinator, owner) =
+        Coordinator::spawn(generation(0), placement(), LEASE, Duration::from_secs(60), metrics);
+    let mut worker = report("w", Role::Both, MemberState::Ready);
+    worker.expert_load = vec![(LayerId(1), vec![4, 6, 0])];
+    register(&coordinator, worker).await;
+    tokio::time::sleep(IMBALANCE_INTERVAL).await;
+    // An answer from the owner means that it has dealt with its tick, too.
+    coordinator.describe().await.unwrap();
+    // Expert 0 is shared: shard 0 has 2 + 6, shard 1 has 2 of 10 tokens; the mean is 5.
+    let text = registry.encode().unwrap();
+    assert!(text.contains("cadre_router_expert_imbalance_ratio{layer=\"1\"} 1.6\n"), "{text}");
+    owner.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_the_owner_ends_every_stream() {
+    let metrics = RouterMetrics::register(&Metrics::new()).unwrap();
+    let (coordinator, owner) =
+        Coordinator::spawn(generation(0), placement(), LEASE, Duration::from_secs(60), metrics);
+    let joined = register(&coordinator, shard(0, MemberState::Ready)).await;
+    owner.abort();
+    assert!(joined.ended.await.is_err());
+    assert_eq!(coordinator.describe().await, None);
+}

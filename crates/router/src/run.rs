@@ -1,0 +1,312 @@
+//! Start, serve, drain: binds the four listeners, starts the coordinator's owner and the servers, and takes
+//! them down in order.
+//!
+//! Shutdown: readiness goes first (a load balancer looks away), then new requests are refused and the
+//! listeners close, then requests in flight get `drain_timeout`, and the coordinator and admin servers go
+//! last, because members and probes still need them while requests run.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    extract::State,
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use cadre_proto::v1::{coordinator_server::CoordinatorServer, inference_server::InferenceServer};
+use cadre_telemetry::{Metrics, admin};
+use tokio::{
+    net::TcpListener,
+    sync::watch,
+    task::{JoinHandle, JoinSet},
+};
+use tonic::transport::{Server, server::TcpIncoming};
+
+use crate::{
+    admission::Admission,
+    coordinator::{Coordinator, CoordinatorService, plan},
+    error::RouterError,
+    grpc::InferenceService,
+    http,
+    metrics::RouterMetrics,
+    model::ServedModel,
+    options::{BoundAddresses, Limits, ListenAddresses, RouterOptions},
+    ready,
+    service::Service,
+    workers::WorkerPool,
+};
+
+/// HTTP/2 pings of the servers: a client or member that vanished is noticed after their sum.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Streams per gRPC connection; a client with more opens another connection.
+const MAX_CONCURRENT_STREAMS: u32 = 1024;
+
+/// Time for answers to leave after the last request ended.
+const FLUSH: Duration = Duration::from_secs(1);
+
+/// Bound sockets, before anything is served.
+#[derive(Debug)]
+pub struct Listeners {
+    grpc: TcpListener,
+    http: TcpListener,
+    coordinator: TcpListener,
+    admin: TcpListener,
+}
+
+impl Listeners {
+    /// Binds all four.
+    pub async fn bind(addresses: &ListenAddresses) -> Result<Self, RouterError> {
+        Ok(Self {
+            grpc: bind("gRPC", addresses.grpc).await?,
+            http: bind("HTTP", addresses.http).await?,
+            coordinator: bind("the coordinator", addresses.coordinator).await?,
+            admin: bind("admin", addresses.admin).await?,
+        })
+    }
+
+    /// Where they are.
+    pub fn addresses(&self) -> std::io::Result<BoundAddresses> {
+        Ok(BoundAddresses {
+            grpc: self.grpc.local_addr()?,
+            http: self.http.local_addr()?,
+            coordinator: self.coordinator.local_addr()?,
+            admin: self.admin.local_addr()?,
+        })
+    }
+}
+
+async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, RouterError> {
+    TcpListener::bind(address).await.map_err(|source| RouterError::Bind { what, address, source })
+}
+
+/// Runs a router until `shutdown` resolves and it has drained.
+pub async fn run(
+    mut options: RouterOptions,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), RouterError> {
+    let listeners = Listeners::bind(&options.listen).await?;
+    if let Some(bound) = options.bound.take() {
+        let addresses = listeners.addresses();
+        let addresses =
+            addresses.map_err(|error| RouterError::Server { what: "router", problem: error.to_string() })?;
+        tracing::info!(
+            grpc = %addresses.grpc, http = %addresses.http, coordinator = %addresses.coordinator,
+            admin = %addresses.admin, "listening"
+        );
+        // Whoever wanted to know may have gone.
+        let _ = bound.send(addresses);
+    }
+    serve(options, listeners, shutdown).await
+}
+
+/// As [`run`], on sockets that are bound already.
+pub async fn serve(
+    options: RouterOptions,
+    listeners: Listeners,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), RouterError> {
+    let RouterOptions { model_dir, served_model_name, numerics, .. } = &options;
+    let (dir, name, numerics) = (model_dir.clone(), served_model_name.clone(), *numerics);
+    let loaded = tokio::task::spawn_blocking(move || ServedModel::load(&dir, name, numerics)).await;
+    let model = Arc::new(loaded.map_err(|error| RouterError::Server {
+        what: "router",
+        problem: format!("loading the tokenizer: {error}"),
+    })??);
+    let placement = plan(&options, &model.config)?;
+    let metrics = Metrics::new();
+    let router_metrics = RouterMetrics::register(&metrics)?;
+    let (coordinator, owner) = Coordinator::spawn(
+        model.generation(),
+        placement,
+        options.lease,
+        options.load_window,
+        router_metrics.clone(),
+    );
+    let admission = Admission::new(&options.limits, router_metrics.clone());
+    let pool = WorkerPool::new(coordinator.workers(), options.limits.connect_timeout);
+    let service = Service::new(model, admission.clone(), pool, router_metrics, options.limits.clone());
+    let parts = Parts { service, coordinator, metrics, admission, options };
+    parts.serve(listeners, owner, shutdown).await
+}
+
+/// Everything that is running.
+struct Parts {
+    service: Service,
+    coordinator: Coordinator,
+    metrics: Metrics,
+    admission: Admission,
+    options: RouterOptions,
+}
+
+impl Parts {
+    async fn serve(
+        self,
+        listeners: Listeners,
+        owner: JoinHandle<()>,
+        shutdown: impl Future<Output = ()> + Send,
+    ) -> Result<(), RouterError> {
+        let Listeners { grpc, http, coordinator, admin } = listeners;
+        let readiness = ready::conditions();
+        let (health, health_service) = tonic_health::server::health_reporter();
+        let follow = ready::follow(
+            readiness.clone(),
+            health.clone(),
+            self.coordinator.views(),
+            self.coordinator.workers(),
+        );
+        let background = Background(vec![
+            owner,
+            tokio::spawn(follow),
+            tokio::spawn(log_end(
+                "admin",
+                admin::serve(admin, self.metrics.clone(), readiness.clone(), self.admin_routes()),
+            )),
+            tokio::spawn(log_end("coordinator", self.coordinator_server(coordinator))),
+        ]);
+        let (stop, stopped) = watch::channel(false);
+        let mut doors = JoinSet::new();
+        let limits = self.options.limits.clone();
+        doors.spawn(self.grpc_server(grpc, health_service, stopped.clone())?);
+        doors.spawn(http::serve(http, http::routes(self.service.clone()), stopped));
+        readiness.met(ready::ACCEPTING);
+        ready::report_health(&readiness, &health).await;
+
+        let ended = tokio::select! {
+            () = shutdown => None,
+            ended = doors.join_next() => ended,
+        };
+        readiness.unmet(ready::ACCEPTING, "draining");
+        ready::report_health(&readiness, &health).await;
+        self.drain(stop, doors, &limits).await;
+        drop(background);
+        match ended {
+            None => Ok(()),
+            Some(Ok(Err(error))) => Err(error),
+            Some(Ok(Ok(()))) => {
+                Err(RouterError::Server { what: "front door", problem: "it returned".into() })
+            }
+            Some(Err(error)) => Err(RouterError::Server { what: "front door", problem: error.to_string() }),
+        }
+    }
+
+    /// Refuses new requests, lets those in flight finish, closes the front doors.
+    async fn drain(
+        &self,
+        stop: watch::Sender<bool>,
+        mut doors: JoinSet<Result<(), RouterError>>,
+        limits: &Limits,
+    ) {
+        tracing::info!(in_flight = self.admission.in_router(), "draining");
+        stop.send_replace(true);
+        let drained = tokio::time::timeout(limits.drain_timeout, self.admission.drain()).await;
+        if drained.is_err() {
+            let left = self.admission.in_router();
+            tracing::warn!(left, after = ?limits.drain_timeout, "requests were cut off");
+            return;
+        }
+        // Idle connections (a health watch, a browser) would hold their server open; the answers have
+        // left or are in the sockets' buffers.
+        let closed = async { while doors.join_next().await.is_some() {} };
+        if tokio::time::timeout(FLUSH, closed).await.is_err() {
+            tracing::debug!("idle connections were closed");
+        }
+    }
+
+    fn grpc_server<H>(
+        &self,
+        listener: TcpListener,
+        health: tonic_health::pb::health_server::HealthServer<H>,
+        mut stopped: watch::Receiver<bool>,
+    ) -> Result<impl Future<Output = Result<(), RouterError>> + Send + use<H>, RouterError>
+    where
+        H: tonic_health::pb::health_server::Health,
+    {
+        let failed = |problem: String| RouterError::Server { what: "gRPC", problem };
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(cadre_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1()
+            .map_err(|error| failed(error.to_string()))?;
+        let inference = InferenceServer::new(InferenceService::new(self.service.clone()))
+            .max_decoding_message_size(self.options.limits.max_body_bytes);
+        let server = server()
+            .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
+            .add_service(inference)
+            .add_service(health)
+            .add_service(reflection);
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        Ok(async move {
+            let stop = async move {
+                // The sender outlives the servers or the process is ending anyway.
+                let _ = stopped.wait_for(|stop| *stop).await;
+            };
+            let served = server.serve_with_incoming_shutdown(incoming, stop).await;
+            served.map_err(|error| failed(error.to_string()))
+        })
+    }
+
+    fn coordinator_server(
+        &self,
+        listener: TcpListener,
+    ) -> impl Future<Output = Result<(), tonic::transport::Error>> + Send + use<> {
+        let service = CoordinatorService::new(self.coordinator.clone(), self.options.lease);
+        let service = CoordinatorServer::new(service)
+            .max_decoding_message_size(cadre_proto::MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(cadre_proto::MAX_MESSAGE_BYTES);
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        server().add_service(service).serve_with_incoming(incoming)
+    }
+
+    fn admin_routes(&self) -> Router {
+        Router::new()
+            .route("/expert-load", get(expert_load))
+            .route("/cluster", get(cluster))
+            .with_state(self.coordinator.clone())
+    }
+}
+
+fn server() -> Server {
+    Server::builder()
+        .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
+}
+
+/// Tasks that end with the router.
+struct Background(Vec<JoinHandle<()>>);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        for task in &self.0 {
+            task.abort();
+        }
+    }
+}
+
+async fn log_end<E: std::fmt::Display>(what: &'static str, server: impl Future<Output = Result<(), E>>) {
+    if let Err(error) = server.await {
+        tracing::error!(%error, "the {what} server stopped");
+    }
+}
+
+/// The aggregated expert load, in the form that `--expert-load` takes.
+async fn expert_load(State(coordinator): State<Coordinator>) -> Response {
+    match coordinator.expert_load().await {
+        Some(load) => Json(load).into_response(),
+        None => gone(),
+    }
+}
+
+/// Members, placement and coverage.
+async fn cluster(State(coordinator): State<Coordinator>) -> Response {
+    match coordinator.describe().await {
+        Some(description) => Json(description).into_response(),
+        None => gone(),
+    }
+}
+
+fn gone() -> Response {
+    (StatusCode::SERVICE_UNAVAILABLE, "the coordinator has stopped\n").into_response()
+}

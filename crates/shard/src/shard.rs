@@ -1,0 +1,509 @@
+//! [`Shard`]: which slots it has, what is loaded, and who computes.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use cadre_dispatch::{
+    Answer, AnswerSink, DispatchFrame, Refusal, RefusalCode, Reply, ShardContract, ShardService,
+};
+use cadre_model::ExpertKey;
+use cadre_ops::{Backend, OpsError, RowFormat, backend::Ffn};
+use cadre_types::{Generation, LayerId, Placement, PlacementEpoch, ShardIndex};
+use parking_lot::{Mutex, RwLock};
+
+use crate::{
+    compute::Compute,
+    queue::{Full, Job, Queue},
+    source::{ExpertSource, SourceError},
+    stats::ShardStats,
+};
+
+/// Who a shard is.
+#[derive(Clone, Copy, Debug)]
+pub struct ShardOptions {
+    /// Its index in placements.
+    pub shard: ShardIndex,
+    /// Model and numerics (the epoch is ignored).
+    pub weights: Generation,
+    /// Row width.
+    pub hidden: usize,
+}
+
+/// An expert shard. Share it by `Arc`; dropping the last one ends its thread.
+pub struct Shard<B: Backend> {
+    inner: Arc<Inner<B>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Inner<B: Backend> {
+    options: ShardOptions,
+    backend: Arc<B>,
+    source: Arc<dyn ExpertSource<B>>,
+    held: RwLock<Option<Arc<Held<B::Weight>>>>,
+    /// One placement is applied at a time.
+    applying: Mutex<()>,
+    executor: Executor<B>,
+    draining: AtomicBool,
+    stopping: AtomicBool,
+    bytes_read: AtomicU64,
+    bytes_expected: AtomicU64,
+    stats: Arc<ShardStats>,
+}
+
+/// Who computes: the submitting thread, or the shard's own.
+enum Executor<B: Backend> {
+    Inline(Mutex<Compute<B>>),
+    Queue(Arc<Queue<B::Weight>>),
+}
+
+/// What is loaded under one placement.
+pub(crate) struct Held<W> {
+    pub(crate) contract: ShardContract,
+    /// By position in `contract.slots`, then by slot.
+    slots: Vec<Vec<Arc<Ffn<W>>>>,
+    experts: HashMap<ExpertKey, Arc<Ffn<W>>>,
+}
+
+impl<W> Held<W> {
+    /// Nothing loaded.
+    #[cfg(test)]
+    pub(crate) fn empty(contract: ShardContract) -> Self {
+        Self { contract, slots: Vec::new(), experts: HashMap::new() }
+    }
+
+    /// The experts of a layer by slot.
+    pub(crate) fn experts(&self, layer: LayerId) -> &[Arc<Ffn<W>>] {
+        let at = self.contract.slots.binary_search_by_key(&layer, |(layer, _)| *layer);
+        at.map_or(&[], |at| self.slots[at].as_slice())
+    }
+}
+
+/// How far loading is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// Checkpoint bytes of the experts loaded under the placement being applied, kept ones included.
+    pub bytes_read: u64,
+    /// Checkpoint bytes of all its experts.
+    pub bytes_expected: u64,
+}
+
+/// Why a placement was not applied. The former one stays in force.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// The placement has no such shard.
+    #[error("apply {epoch}: it has {shards} shards and we are {shard}")]
+    UnknownShard {
+        /// The placement.
+        epoch: PlacementEpoch,
+        /// Us.
+        shard: ShardIndex,
+        /// Its shards.
+        shards: usize,
+    },
+    /// An expert could not be loaded.
+    #[error("apply {epoch}: load {} of {}: {source}", key.expert, key.layer)]
+    Load {
+        /// The placement.
+        epoch: PlacementEpoch,
+        /// The expert.
+        key: ExpertKey,
+        /// Why.
+        source: SourceError,
+    },
+    /// The shard was told to stop meanwhile.
+    #[error("apply {epoch}: the shard is stopping")]
+    Stopping {
+        /// The placement.
+        epoch: PlacementEpoch,
+    },
+}
+
+/// Why a shard is not proven.
+#[derive(Debug, thiserror::Error)]
+pub enum SelfTestError {
+    /// Nothing is loaded.
+    #[error("self-test: no placement is applied")]
+    NothingLoaded,
+    /// A frame failed.
+    #[error("self-test of {layer}: {message}")]
+    Failed {
+        /// The layer.
+        layer: LayerId,
+        /// Why.
+        message: String,
+    },
+}
+
+impl<B: Backend> Shard<B> {
+    /// A shard that computes on the thread that submits: for an engine in the same process, whose
+    /// threads it then uses.
+    pub fn inline(
+        options: ShardOptions,
+        backend: Arc<B>,
+        source: Arc<dyn ExpertSource<B>>,
+    ) -> Result<Self, OpsError> {
+        let stats = Arc::new(ShardStats::default());
+        let compute = Compute::new(backend.clone(), options.hidden, stats.clone())?;
+        let executor = Executor::Inline(Mutex::new(compute));
+        Ok(Self { inner: Inner::new(options, backend, source, executor, stats), thread: None })
+    }
+
+    /// A shard with a compute thread of its own.
+    pub fn spawn(
+        options: ShardOptions,
+        backend: Arc<B>,
+        source: Arc<dyn ExpertSource<B>>,
+    ) -> Result<Self, OpsError> {
+        let stats = Arc::new(ShardStats::default());
+        let queue = Arc::new(Queue::new());
+        let compute = Compute::new(backend.clone(), options.hidden, stats.clone())?;
+        let executor = Executor::Queue(queue.clone());
+        let inner = Inner::new(options, backend, source, executor, stats);
+        let thread = thread::Builder::new()
+            .name(format!("shard-{}", options.shard.0))
+            .spawn(move || serve(&queue, compute))
+            .map_err(|error| OpsError::Device { op: "spawn", message: error.to_string() })?;
+        Ok(Self { inner, thread: Some(thread) })
+    }
+
+    /// Loads what a placement gives us and then serves under it. Experts that are loaded already are kept;
+    /// those no longer wanted go when the last frame that needs them is answered. Blocks while loading; call
+    /// it from a thread that may.
+    pub fn apply(&self, placement: &Placement) -> Result<(), ApplyError> {
+        self.inner.apply(placement)
+    }
+
+    /// The placement in force.
+    pub fn epoch(&self) -> Option<PlacementEpoch> {
+        self.inner.held().map(|held| held.contract.generation.epoch)
+    }
+
+    /// How far loading is.
+    pub fn progress(&self) -> Progress {
+        Progress {
+            bytes_read: self.inner.bytes_read.load(Ordering::Acquire),
+            bytes_expected: self.inner.bytes_expected.load(Ordering::Acquire),
+        }
+    }
+
+    /// Experts loaded, and the bytes of their packed weights.
+    pub fn resident(&self) -> (usize, u64) {
+        self.inner.resident()
+    }
+
+    /// One real step: a row through every slot of every layer, by the way that frames take. Finite rows
+    /// of the right size prove the weights, the kernels and the compute thread.
+    pub fn self_test(&self, timeout: Duration) -> Result<(), SelfTestError> {
+        let held = self.inner.held().ok_or(SelfTestError::NothingLoaded)?;
+        let deadline = Instant::now() + timeout;
+        for &(layer, slots) in held.contract.slots.iter().filter(|(_, slots)| *slots > 0) {
+            self.test_layer(&held.contract, layer, slots, deadline)
+                .map_err(|message| SelfTestError::Failed { layer, message })?;
+        }
+        Ok(())
+    }
+
+    fn test_layer(
+        &self,
+        contract: &ShardContract,
+        layer: LayerId,
+        slots: usize,
+        deadline: Instant,
+    ) -> Result<(), String> {
+        let (sink, answers) = crossbeam_channel::bounded(1);
+        let frame = test_frame(contract, layer, slots);
+        self.submit(frame, Reply::new(Arc::new(OneAnswer(sink)), 0));
+        let answer = answers.recv_deadline(deadline).map_err(|_| "no answer in time".to_owned())?;
+        let combined = answer.map_err(|error| error.to_string())?;
+        let expected = slots * combined.format.row_bytes(contract.hidden);
+        if combined.rows.len() != expected {
+            return Err(format!("{} bytes came back, expected {expected}", combined.rows.len()));
+        }
+        match first_not_finite(combined.format, &combined.rows) {
+            Some(at) => Err(format!("element {at} of the rows is not finite")),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses new frames from now on.
+    pub fn drain(&self) {
+        self.inner.draining.store(true, Ordering::Release);
+    }
+
+    /// Waits until nothing is queued or being computed; false at the deadline.
+    pub fn wait_idle(&self, deadline: Instant) -> bool {
+        match &self.inner.executor {
+            // Whoever computes inline holds the lock.
+            Executor::Inline(compute) => compute.try_lock_until(deadline).is_some(),
+            Executor::Queue(queue) => queue.wait_idle(deadline),
+        }
+    }
+
+    /// Whether the compute thread has died, which only a panic in a backend does.
+    pub fn is_dead(&self) -> bool {
+        match &self.inner.executor {
+            Executor::Inline(_) => false,
+            Executor::Queue(queue) => queue.is_closed(),
+        }
+    }
+
+    /// (token, slot) pairs waiting.
+    pub fn queued_pairs(&self) -> usize {
+        self.inner.queued_pairs()
+    }
+
+    /// The shard's counters.
+    pub fn stats(&self) -> &ShardStats {
+        &self.inner.stats
+    }
+}
+
+impl<B: Backend> Drop for Shard<B> {
+    fn drop(&mut self) {
+        self.inner.stopping.store(true, Ordering::Release);
+        if let Executor::Queue(queue) = &self.inner.executor {
+            queue.close();
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!(shard = %self.inner.options.shard, "the compute thread had panicked");
+        }
+    }
+}
+
+impl<B: Backend> ShardService for Shard<B> {
+    fn submit(&self, frame: DispatchFrame, reply: Reply) {
+        self.inner.submit(frame, reply);
+    }
+}
+
+impl<B: Backend> std::fmt::Debug for Shard<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shard").field("options", &self.inner.options).finish_non_exhaustive()
+    }
+}
+
+impl<B: Backend> Inner<B> {
+    fn new(
+        options: ShardOptions,
+        backend: Arc<B>,
+        source: Arc<dyn ExpertSource<B>>,
+        executor: Executor<B>,
+        stats: Arc<ShardStats>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            options,
+            backend,
+            source,
+            held: RwLock::new(None),
+            applying: Mutex::new(()),
+            executor,
+            draining: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            bytes_read: AtomicU64::new(0),
+            bytes_expected: AtomicU64::new(0),
+            stats,
+        })
+    }
+
+    fn held(&self) -> Option<Arc<Held<B::Weight>>> {
+        self.held.read().clone()
+    }
+
+    fn queued_pairs(&self) -> usize {
+        match &self.executor {
+            Executor::Inline(_) => 0,
+            Executor::Queue(queue) => queue.pairs(),
+        }
+    }
+
+    fn resident(&self) -> (usize, u64) {
+        let Some(held) = self.held() else { return (0, 0) };
+        let bytes = |ffn: &Arc<Ffn<B::Weight>>| {
+            self.backend.weight_bytes(&ffn.gate_up) + self.backend.weight_bytes(&ffn.down)
+        };
+        (held.experts.len(), held.experts.values().map(bytes).sum::<usize>() as u64)
+    }
+
+    fn submit(&self, frame: DispatchFrame, reply: Reply) {
+        let held = match self.admit(&frame) {
+            Ok(held) => held,
+            Err(refusal) => {
+                self.stats.refuse(refusal.code);
+                return reply.send(Err(refusal.into()));
+            }
+        };
+        let job = Job { frame, reply, held, accepted: Instant::now() };
+        match &self.executor {
+            Executor::Inline(compute) => compute.lock().run(vec![job], || 0),
+            Executor::Queue(queue) => {
+                if let Err((job, full)) = queue.push(job) {
+                    let (shard, layer) = (self.options.shard, job.frame.layer);
+                    let (code, what) = match full {
+                        Full::Bytes(bytes) => (RefusalCode::Overloaded, format!("{bytes} bytes wait")),
+                        Full::Frames(n) => (RefusalCode::Overloaded, format!("{n} frames wait")),
+                        Full::Closed => {
+                            (RefusalCode::Unavailable, "the compute thread is gone".to_owned())
+                        }
+                    };
+                    self.stats.refuse(code);
+                    let refusal = Refusal::new(code, format!("{shard}, {layer}: {what}"));
+                    job.reply.send(Err(refusal.into()));
+                }
+            }
+        }
+    }
+
+    /// What the frame is computed with, or why not.
+    fn admit(&self, frame: &DispatchFrame) -> Result<Arc<Held<B::Weight>>, Refusal> {
+        let (shard, layer) = (self.options.shard, frame.layer);
+        if self.draining.load(Ordering::Acquire) {
+            let what = format!("{shard}, {layer}: draining");
+            return Err(Refusal::new(RefusalCode::Unavailable, what));
+        }
+        if let Some(held) = self.held() {
+            held.contract.check(frame)?;
+            return Ok(held);
+        }
+        if let Err(mismatch) = self.options.weights.check_weights(&frame.generation) {
+            return Err(Refusal::new(RefusalCode::Generation, format!("{shard}, {layer}: {mismatch}")));
+        }
+        let (read, expected) = (
+            self.bytes_read.load(Ordering::Acquire),
+            self.bytes_expected.load(Ordering::Acquire),
+        );
+        let what = format!("{shard}, {layer}: loading, {read} of {expected} bytes");
+        Err(Refusal::new(RefusalCode::Unavailable, what))
+    }
+
+    fn apply(&self, placement: &Placement) -> Result<(), ApplyError> {
+        let _one_at_a_time = self.applying.lock();
+        let (epoch, shard) = (placement.epoch(), self.options.shard);
+        let shards = placement.num_shards();
+        if shard.index() >= shards {
+            return Err(ApplyError::UnknownShard { epoch, shard, shards });
+        }
+        let before = self.held();
+        let kept = |key: &ExpertKey| before.as_ref().and_then(|held| held.experts.get(key).cloned());
+        let layers: Vec<(LayerId, Vec<ExpertKey>)> = placement
+            .shard_slots(shard)
+            .map(|(layer, experts)| {
+                (layer, experts.iter().map(|&expert| ExpertKey { layer, expert }).collect())
+            })
+            .collect();
+
+        let mut sizes = HashMap::new();
+        for &key in layers.iter().flat_map(|(_, keys)| keys) {
+            let failed = |source| ApplyError::Load { epoch, key, source };
+            sizes.insert(key, self.source.expert_bytes(key).map_err(failed)?);
+        }
+        self.bytes_read.store(0, Ordering::Release);
+        self.bytes_expected.store(sizes.values().sum(), Ordering::Release);
+
+        let mut experts = HashMap::with_capacity(sizes.len());
+        let mut slots = Vec::with_capacity(layers.len());
+        for (_, keys) in &layers {
+            let mut row = Vec::with_capacity(keys.len());
+            for &key in keys {
+                if self.stopping.load(Ordering::Acquire) {
+                    return Err(ApplyError::Stopping { epoch });
+                }
+                let ffn = match kept(&key) {
+                    Some(ffn) => ffn,
+                    None => Arc::new(
+                        self.source
+                            .load(key)
+                            .map_err(|source| ApplyError::Load { epoch, key, source })?,
+                    ),
+                };
+                self.bytes_read.fetch_add(sizes[&key], Ordering::AcqRel);
+                experts.insert(key, ffn.clone());
+                row.push(ffn);
+            }
+            slots.push(row);
+        }
+        let contract = ShardContract {
+            shard,
+            generation: Generation { epoch, ..self.options.weights },
+            hidden: self.options.hidden,
+            slots: layers.iter().map(|(layer, keys)| (*layer, keys.len())).collect(),
+        };
+        *self.held.write() = Some(Arc::new(Held { contract, slots, experts }));
+        Ok(())
+    }
+}
+
+/// The compute thread.
+fn serve<B: Backend>(queue: &Arc<Queue<B::Weight>>, mut compute: Compute<B>) {
+    /// Closes the queue even if a backend panics, so that frames are refused instead of waiting.
+    struct Close<'a, W>(&'a Queue<W>);
+    impl<W> Drop for Close<'_, W> {
+        fn drop(&mut self) {
+            self.0.close();
+        }
+    }
+    let close = Close(queue);
+    while let Some(jobs) = queue.take() {
+        compute.run(jobs, || queue.pairs());
+    }
+    drop(close);
+}
+
+/// Where a self-test's answer goes.
+struct OneAnswer(crossbeam_channel::Sender<Answer>);
+
+impl AnswerSink for OneAnswer {
+    fn deliver(&self, _sequence: u64, answer: Answer) {
+        // The tester may have given up.
+        let _ = self.0.try_send(answer);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        false
+    }
+}
+
+/// One row of ones through every slot of a layer.
+fn test_frame(contract: &ShardContract, layer: LayerId, slots: usize) -> DispatchFrame {
+    let format = RowFormat::dispatch(contract.generation.numerics);
+    let one: &[u8] = match format {
+        RowFormat::F32 => &[0x00, 0x00, 0x80, 0x3F],
+        RowFormat::Bf16 => &[0x80, 0x3F],
+        RowFormat::E4m3 => &[0x38],
+    };
+    DispatchFrame {
+        sequence: 0,
+        generation: contract.generation,
+        layer,
+        tokens: 1,
+        format,
+        data: one.repeat(contract.hidden).into(),
+        scales: 1.0_f32.to_le_bytes().repeat(format.row_scales(contract.hidden)).into(),
+        pair_tokens: vec![0; slots],
+        pair_slots: (0..slots as u32).collect(),
+    }
+}
+
+/// Index of the first element whose exponent is all ones.
+fn first_not_finite(format: RowFormat, rows: &[u8]) -> Option<usize> {
+    match format {
+        RowFormat::F32 => rows
+            .chunks_exact(4)
+            .position(|bytes| u16::from_le_bytes([bytes[2], bytes[3]]) & 0x7F80 == 0x7F80),
+        RowFormat::Bf16 => rows
+            .chunks_exact(2)
+            .position(|bytes| u16::from_le_bytes([bytes[0], bytes[1]]) & 0x7F80 == 0x7F80),
+        RowFormat::E4m3 => rows.iter().position(|byte| byte & 0x7F == 0x7F),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,512 @@
+//! The process: bind, register, load, prove, serve, drain.
+//!
+//! Order matters for who is told what when. Ports are bound and answered first, so that health says
+//! "alive, not ready" while weights load; the coordinator learns of us as `Starting`, with loading
+//! progress; `Ready` is reported only after a real step went through every layer and every shard of the
+//! placement can be reached. On the way out `Draining` is reported first, sequences are finished within a
+//! bound, and only then is the membership left and the port closed.
+//!
+//! Loading and stopping the engine happen on threads of their own: nothing here computes on the reactor,
+//! and a process told to stop while it loads does not wait for the end of it.
+
+use std::{
+    future::Future,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context, Result, anyhow, bail};
+use cadre_checkpoint::Checkpoint;
+use cadre_dispatch::{
+    DispatchConfig, DispatchHandle, Dispatcher, ExpertLoadWindow, GrpcConnector, IoThread, LoadReport,
+    Membership, MembershipOptions, membership, tuning,
+};
+use cadre_engine::{Engine, EngineHandle, EngineParts};
+use cadre_model::{LoadOptions, LoadProgress, Model};
+use cadre_ops::Backend;
+use cadre_ops_cpu::{CpuBackend, CpuOptions};
+use cadre_proto::v1;
+use cadre_scheduler::SchedulerConfig;
+use cadre_telemetry::{Metrics, Readiness, admin, axum};
+use cadre_types::{ClusterView, Generation, Member, MemberId, MemberState, PlacementEpoch, Role};
+use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
+
+use crate::{
+    dispatch_metrics::DispatchMetrics,
+    metrics::WorkerMetrics,
+    options::{BoundAddresses, WorkerOptions, advertised, scheduler_config},
+    service::{ServiceOptions, WorkerService},
+};
+
+/// Conditions of readiness.
+const WEIGHTS: &str = "weights";
+const PLACEMENT: &str = "placement";
+const EXPERTS: &str = "experts";
+const STEP: &str = "step";
+const SERVING: &str = "serving";
+
+/// How often counters are brought up to date.
+const REFRESH: Duration = Duration::from_millis(500);
+/// Pause between self-tests while shards are missing; a test itself waits for them up to its own bound.
+const SELF_TEST_PAUSE: Duration = Duration::from_millis(100);
+/// How often a draining worker looks whether it is empty.
+const DRAIN_POLL: Duration = Duration::from_millis(20);
+/// Bound on closing connections after the last sequence has ended.
+const CLOSE_BOUND: Duration = Duration::from_secs(2);
+
+/// Runs a worker until `shutdown` resolves (then drains) or something it cannot live without is gone.
+pub async fn run(options: WorkerOptions, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
+    let drain = options.timeouts.drain;
+    let (mut worker, options) = Worker::start(options).await?;
+    let ended = tokio::select! {
+        ended = worker.work(&options) => ended,
+        () = shutdown => Ok(()),
+    };
+    worker.stop(drain).await;
+    ended
+}
+
+/// A worker that is bound and registered.
+struct Worker {
+    role: Role,
+    checkpoint: Option<Arc<Checkpoint>>,
+    generation: Generation,
+    scheduler: SchedulerConfig,
+    metrics: Metrics,
+    worker_metrics: Arc<WorkerMetrics>,
+    readiness: Readiness,
+    health: tonic_health::server::HealthReporter,
+    service: WorkerService,
+    report: Arc<Report>,
+    membership: Membership,
+    server: JoinHandle<Result<(), tonic::transport::Error>>,
+    close_server: Option<oneshot::Sender<()>>,
+    background: Vec<AbortOnDrop>,
+    engine: Option<Engine>,
+    dispatch: Option<DispatchHandle>,
+}
+
+/// What reports to the coordinator are made of.
+#[derive(Default)]
+struct Report {
+    bytes_read: AtomicU64,
+    bytes_expected: AtomicU64,
+    engine: OnceLock<EngineHandle>,
+    expert_load: Mutex<Option<ExpertLoadWindow>>,
+}
+
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Worker {
+    async fn start(mut options: WorkerOptions) -> Result<(Self, WorkerOptions)> {
+        let role = Role::from(options.role);
+        let dir = options.model_dir.clone();
+        let checkpoint = Arc::new(on_thread("cadre-open", move || Checkpoint::open(&dir)).await??);
+        for warning in checkpoint.warnings().iter() {
+            tracing::warn!(%warning, "checkpoint");
+        }
+        let generation = Generation {
+            model: checkpoint.model_hash(),
+            numerics: options.numerics,
+            epoch: PlacementEpoch(0),
+        };
+        let scheduler = scheduler_config(
+            checkpoint.config(),
+            options.numerics,
+            options.kv_bytes,
+            options.max_step_tokens,
+        )?;
+        let (grpc, grpc_address) = bind(options.listen, "listen").await?;
+        let (admin_listener, admin_address) = bind(options.admin, "admin").await?;
+        let address = advertised(options.advertise.as_deref(), grpc_address)?;
+        if let Some(bound) = options.bound.take() {
+            // Whoever asked may have gone; the worker does not depend on it.
+            let _ = bound.send(BoundAddresses { grpc: grpc_address, admin: admin_address });
+        }
+
+        let metrics = Metrics::new();
+        let worker_metrics = Arc::new(WorkerMetrics::register(&metrics)?);
+        let readiness = Readiness::new(&[
+            (WEIGHTS, "not loaded yet"),
+            (PLACEMENT, "none received from the coordinator yet"),
+            (EXPERTS, "no shard reached yet"),
+            (STEP, "no step done yet"),
+            (SERVING, "starting"),
+        ]);
+        let service = WorkerService::new(ServiceOptions {
+            generation,
+            role,
+            handoff_timeout: options.timeouts.handoff,
+        });
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing).await;
+        let (close_server, closed) = oneshot::channel::<()>();
+        let server = tokio::spawn(
+            tuning::server()
+                .add_service(health_service)
+                .add_service(service.clone().into_server())
+                .serve_with_incoming_shutdown(tuning::incoming(grpc), async move {
+                    // Resolves on the signal and when the worker is dropped.
+                    let _ = closed.await;
+                }),
+        );
+        let admin_server =
+            admin::serve(admin_listener, metrics.clone(), readiness.clone(), axum::Router::new());
+        let background = vec![AbortOnDrop(tokio::spawn(async move {
+            if let Err(error) = admin_server.await {
+                tracing::error!(%error, "the admin server ended");
+            }
+        }))];
+
+        let report = Arc::new(Report::default());
+        let membership = join(&options, role, address.clone(), generation, &report, &worker_metrics)?;
+        tracing::info!(
+            %role, address, admin = %admin_address, model = %generation.model, numerics = %generation.numerics,
+            kv_pages = scheduler.pages, "worker started"
+        );
+        let worker = Self {
+            role,
+            checkpoint: Some(checkpoint),
+            generation,
+            scheduler,
+            metrics,
+            worker_metrics,
+            readiness,
+            health,
+            service,
+            report,
+            membership,
+            server,
+            close_server: Some(close_server),
+            background,
+            engine: None,
+            dispatch: None,
+        };
+        Ok((worker, options))
+    }
+
+    /// Loads, proves itself, serves. Returns only with what ended it.
+    async fn work(&mut self, options: &WorkerOptions) -> Result<()> {
+        let engine = self.load(options).await?;
+        self.background.push(self.keep_metrics(engine.clone()));
+        tokio::select! {
+            ended = self.ended(&engine) => ended,
+            ended = self.follow_views() => ended,
+            ended = self.serve(&engine) => ended,
+        }
+    }
+
+    /// Proves the engine, takes requests; returns only if proving is impossible.
+    async fn serve(&self, engine: &EngineHandle) -> Result<()> {
+        self.prove(engine).await?;
+        self.service.serve_with(engine.clone());
+        self.health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::Serving).await;
+        self.readiness.met(SERVING);
+        self.membership.set_state(MemberState::Ready);
+        tracing::info!(role = %self.role, "worker ready");
+        std::future::pending().await
+    }
+
+    /// What a worker cannot live without.
+    async fn ended(&self, engine: &EngineHandle) -> Result<()> {
+        tokio::select! {
+            reason = self.membership.refused() => bail!("the coordinator refused this worker: {reason}"),
+            () = engine.stopped() => bail!("the engine has stopped"),
+        }
+    }
+
+    /// Loads the weights and starts the engine.
+    async fn load(&mut self, options: &WorkerOptions) -> Result<EngineHandle> {
+        let io = IoThread::start("cadre-dispatch-io").context("start the dispatch I/O thread")?;
+        let config = DispatchConfig {
+            frame_timeout: options.timeouts.dispatch,
+            uncovered_wait: options.timeouts.uncovered,
+            ..DispatchConfig::default()
+        };
+        let dispatcher = Dispatcher::new(config, self.generation, Arc::new(GrpcConnector::new(io.handle())));
+        let dispatch = dispatcher.handle();
+        let checkpoint = self.checkpoint.take().ok_or_else(|| anyhow!("weights are loaded once"))?;
+        let load = Load {
+            checkpoint,
+            cpu: CpuOptions {
+                threads: options.threads.map(usize::from),
+                ..CpuOptions::new(options.numerics)
+            },
+            scheduler: self.scheduler.clone(),
+            dispatcher,
+            io,
+            timeouts: (options.timeouts.handoff, options.timeouts.handoff_begin),
+            report: Arc::clone(&self.report),
+            metrics: Arc::clone(&self.worker_metrics),
+        };
+        let loading = on_thread("cadre-load", move || load.run());
+        let engine = tokio::select! {
+            engine = loading => engine??,
+            reason = self.membership.refused() => bail!("the coordinator refused this worker: {reason}"),
+        };
+        self.readiness.met(WEIGHTS);
+        let handle = engine.handle();
+        self.engine = Some(engine);
+        let stats = dispatch.stats();
+        *self.report.expert_load.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(ExpertLoadWindow::new(stats));
+        // Set once: this is the only engine of the process.
+        let _ = self.report.engine.set(handle.clone());
+        self.dispatch = Some(dispatch);
+        Ok(handle)
+    }
+
+    /// Keeps metrics up to date with the counters.
+    fn keep_metrics(&self, engine: EngineHandle) -> AbortOnDrop {
+        let worker = Arc::clone(&self.worker_metrics);
+        let dispatch = self
+            .dispatch
+            .as_ref()
+            .and_then(|dispatch| DispatchMetrics::register(&self.metrics, dispatch.stats()).ok());
+        AbortOnDrop(tokio::spawn(async move {
+            let mut ticks = tokio::time::interval(REFRESH);
+            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                ticks.tick().await;
+                worker.refresh(engine.stats());
+                if let Some(dispatch) = &dispatch {
+                    dispatch.refresh();
+                }
+            }
+        }))
+    }
+
+    /// Gives every view to the dispatcher, and tells the coordinator which epoch is applied.
+    async fn follow_views(&self) -> Result<()> {
+        let mut views = self.membership.views();
+        loop {
+            if let (Some(view), Some(dispatch)) = (views.borrow_and_update().clone(), &self.dispatch) {
+                dispatch.update(Arc::clone(&view));
+                self.readiness.met(PLACEMENT);
+                self.membership.set_epoch(view.placement.epoch());
+            }
+            views.changed().await.context("the membership has ended")?;
+        }
+    }
+
+    /// Runs self-tests until one succeeds and every shard of the placement can be reached.
+    async fn prove(&self, engine: &EngineHandle) -> Result<()> {
+        let mut views = self.membership.views();
+        views.wait_for(Option::is_some).await.context("the membership has ended")?;
+        for nth in 0.. {
+            let step = engine.self_test(nth).await.map_err(|error| error.to_string());
+            let stepped = step.is_ok();
+            self.readiness.set(STEP, step);
+            let view = views.borrow().clone();
+            let missing = self.unreached(view.as_deref());
+            self.readiness.set(EXPERTS, missing.map_or(Ok(()), Err));
+            if stepped && self.readiness.missing().iter().all(|unmet| unmet.condition == SERVING) {
+                return Ok(());
+            }
+            for unmet in self.readiness.missing() {
+                tracing::info!(condition = unmet.condition, reason = unmet.reason, "not ready yet");
+            }
+            tokio::time::sleep(SELF_TEST_PAUSE).await;
+        }
+        Ok(())
+    }
+
+    /// Which shards of the placement cannot be reached, in words.
+    fn unreached(&self, view: Option<&ClusterView>) -> Option<String> {
+        let shards = view.map_or(0, |view| view.placement.num_shards());
+        let stats = self.dispatch.as_ref().map(|dispatch| dispatch.stats().shards()).unwrap_or_default();
+        let usable =
+            |shard: &usize| stats.get(*shard).is_some_and(|stats| stats.usable.load(Ordering::Relaxed) == 1);
+        let missing: Vec<String> =
+            (0..shards).filter(|shard| !usable(shard)).map(|shard| shard.to_string()).collect();
+        (!missing.is_empty()).then(|| format!("shards {} of {shards} are not reached", missing.join(", ")))
+    }
+
+    /// Drains what runs, leaves, closes.
+    async fn stop(mut self, drain: Duration) {
+        self.service.drain();
+        self.readiness.unmet(SERVING, "draining");
+        self.health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing).await;
+        self.membership.set_state(MemberState::Draining);
+        if let Some(engine) = &self.engine {
+            let left = drained(&engine.handle(), drain).await;
+            if left > 0 {
+                tracing::warn!(sequences = left, ?drain, "not drained in time; what still runs is ended");
+            }
+        }
+        // Ends the waits of a step in progress, so that the engine's thread comes to its end.
+        if let Some(dispatch) = &self.dispatch {
+            dispatch.close();
+        }
+        if let Some(engine) = self.engine.take()
+            && tokio::time::timeout(CLOSE_BOUND, on_thread("cadre-stop", move || engine.stop()))
+                .await
+                .is_err()
+        {
+            tracing::warn!("the step in progress outlived its bound");
+        }
+        self.membership.leave().await;
+        drop(self.close_server.take());
+        if tokio::time::timeout(CLOSE_BOUND, &mut self.server).await.is_err() {
+            self.server.abort();
+        }
+        tracing::info!(role = %self.role, "worker stopped");
+    }
+}
+
+/// Waits until the engine has no sequences; returns how many are left after the bound.
+async fn drained(engine: &EngineHandle, bound: Duration) -> u64 {
+    let deadline = Instant::now() + bound;
+    loop {
+        let left = engine.in_flight();
+        if left == 0 || Instant::now() >= deadline {
+            return left;
+        }
+        tokio::time::sleep(DRAIN_POLL).await;
+    }
+}
+
+/// Name of the service in gRPC health checks.
+const SERVICE_NAME: &str = "cadre.v1.Worker";
+
+/// Everything that becomes an engine.
+struct Load {
+    checkpoint: Arc<Checkpoint>,
+    cpu: CpuOptions,
+    scheduler: SchedulerConfig,
+    dispatcher: Dispatcher,
+    /// Lives as long as the engine's last step.
+    io: IoThread,
+    timeouts: (Duration, Duration),
+    report: Arc<Report>,
+    metrics: Arc<WorkerMetrics>,
+}
+
+impl Load {
+    fn run(self) -> Result<Engine> {
+        let Self { checkpoint, cpu, scheduler, dispatcher, io, timeouts, report, metrics } = self;
+        let backend = Arc::new(CpuBackend::new(cpu)?);
+        tracing::info!(backend = backend.describe(), "loading weights");
+        let began = Instant::now();
+        let mut told = 0;
+        let mut progress = |progress| note(&report, &metrics, progress, &mut told);
+        let model = Model::load(backend, &checkpoint, &LoadOptions { mtp: false }, &mut progress)
+            .with_context(|| format!("load {}", checkpoint.dir().display()))?;
+        tracing::info!(seconds = began.elapsed().as_secs_f64(), "weights loaded");
+        let (handoff_timeout, handoff_begin_timeout) = timeouts;
+        let exchange = Box::new(OverIo { dispatcher, _io: io });
+        let parts = EngineParts {
+            handoff_timeout,
+            handoff_begin_timeout,
+            on_step: Box::new(metrics.step_observer()),
+            ..EngineParts::new(model, scheduler, exchange)
+        };
+        Engine::spawn(parts).context("start the engine")
+    }
+}
+
+/// Reports loading progress, and logs it at every tenth.
+fn note(report: &Report, metrics: &WorkerMetrics, progress: LoadProgress, told: &mut u64) {
+    let LoadProgress { bytes_read, bytes_expected } = progress;
+    report.bytes_read.store(bytes_read, Ordering::Relaxed);
+    report.bytes_expected.store(bytes_expected, Ordering::Relaxed);
+    metrics.loading(bytes_read, bytes_expected);
+    let tenths = bytes_read * 10 / bytes_expected.max(1);
+    if tenths > *told {
+        *told = tenths;
+        tracing::info!(percent = tenths * 10, bytes_read, bytes_expected, "loading weights");
+    }
+}
+
+/// A dispatcher together with the thread that its links live on.
+struct OverIo {
+    dispatcher: Dispatcher,
+    _io: IoThread,
+}
+
+impl cadre_ops::ExpertExchange for OverIo {
+    fn dispatch(
+        &mut self,
+        batch: cadre_ops::DispatchBatch<'_>,
+    ) -> Result<cadre_ops::ExchangeTicket, cadre_ops::ExchangeError> {
+        self.dispatcher.dispatch(batch)
+    }
+
+    fn combine(
+        &mut self,
+        ticket: cadre_ops::ExchangeTicket,
+        out: &mut cadre_ops::ExpertRows,
+    ) -> Result<(), cadre_ops::ExchangeError> {
+        self.dispatcher.combine(ticket, out)
+    }
+}
+
+fn join(
+    options: &WorkerOptions,
+    role: Role,
+    address: String,
+    generation: Generation,
+    report: &Arc<Report>,
+    metrics: &Arc<WorkerMetrics>,
+) -> Result<Membership> {
+    let born = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let member = Member {
+        // Unique per process life: an address is used by one process at a time.
+        id: MemberId(format!("{role}-{address}-{:x}", born.as_millis())),
+        role,
+        address,
+        state: MemberState::Starting,
+    };
+    let (report, metrics) = (Arc::clone(report), Arc::clone(metrics));
+    let load = move || {
+        let mut window = report.expert_load.lock().unwrap_or_else(PoisonError::into_inner);
+        let expert_load = window.as_mut().map(ExpertLoadWindow::take).unwrap_or_default();
+        metrics.expert_load(&expert_load);
+        let worker = report.engine.get().map(|engine| {
+            let load = engine.stats().load();
+            let narrow = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+            v1::WorkerLoad {
+                running_sequences: narrow(load.running),
+                waiting_sequences: narrow(load.waiting),
+                free_pages: load.pages_free,
+                total_pages: load.pages_total,
+            }
+        });
+        let loading = v1::LoadProgress {
+            bytes_read: report.bytes_read.load(Ordering::Relaxed),
+            bytes_expected: report.bytes_expected.load(Ordering::Relaxed),
+        };
+        LoadReport { worker, loading: Some(loading), expert_load }
+    };
+    Ok(membership::join(MembershipOptions::new(&options.coordinator), member, generation, load)?)
+}
+
+async fn bind(address: SocketAddr, option: &str) -> Result<(TcpListener, SocketAddr)> {
+    let listener =
+        TcpListener::bind(address).await.with_context(|| format!("{option}: cannot bind {address}"))?;
+    let bound = listener.local_addr().with_context(|| format!("{option}: {address}"))?;
+    Ok((listener, bound))
+}
+
+/// Runs blocking work on a thread of its own, which a stopping process does not wait for.
+async fn on_thread<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    let (sender, result) = oneshot::channel();
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || {
+            // Whoever asked may have gone.
+            let _ = sender.send(work());
+        })
+        .with_context(|| format!("start thread {name}"))?;
+    result.await.with_context(|| format!("thread {name} panicked"))
+}
