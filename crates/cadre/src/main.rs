@@ -28,7 +28,7 @@ fn main() -> ExitCode {
     match cli::Cli::parse().run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("cadre: {error:#}");
+            output::note(&format!("cadre: {error:#}"));
             ExitCode::FAILURE
         }
     }

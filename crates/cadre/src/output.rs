@@ -1,4 +1,4 @@
-//! The result of a command on standard output. A reader that went away (a closed pipe) is no error.
+//! The result of a command on standard output, and notes on standard error. A reader that went away (a closed pipe) is no error.
 
 use std::io::{self, Write};
 
@@ -9,6 +9,12 @@ use serde::Serialize;
 pub(crate) fn line(text: &str) {
     let mut out = io::stdout().lock();
     let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+}
+
+/// One line on standard error, in one write: roles share it with `up`, and `eprintln!` would let their lines
+/// come between its pieces.
+pub(crate) fn note(text: &str) {
+    let _ = io::stderr().lock().write_all(format!("{text}\n").as_bytes());
 }
 
 /// A value as JSON, for programs, in one line per value.

@@ -24,10 +24,13 @@ use cluster::{Change, Cluster};
 use console::{Console, Output};
 use layout::{Extra, Layout, Threads};
 
-use crate::{chat, client, client::SamplingArgs, stop};
+use crate::{chat, client, client::SamplingArgs, output, stop};
 
 /// How often readiness is looked at while the cluster starts.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// What a role may take to end after its drain, which it bounds itself; one that takes longer is killed.
+const CLOSE: Duration = Duration::from_secs(3);
 
 /// Runs a whole cluster on this machine: router, workers and expert shards as processes on loopback.
 #[derive(Args, Debug)]
@@ -116,8 +119,19 @@ pub(crate) async fn run(args: UpArgs) -> Result<()> {
     let mut console = Console::new(args.output, args.exit_after.is_some(), name, layout.processes().len());
     let mut cluster = Cluster::new(layout, executable);
     let outcome = serve(&args, &mut cluster, &mut console).await;
-    let killed = cluster.stop(Duration::from_secs(args.drain_timeout)).await;
-    console.stopped(&killed);
+    let patience = if console.was_ready() {
+        Duration::from_secs(args.drain_timeout) + CLOSE
+    } else {
+        // Nobody has been served, so there is nothing to finish and no order to keep.
+        cluster.release();
+        CLOSE
+    };
+    let again = stop::requested(false)?;
+    tokio::select! {
+        killed = cluster.stop(patience) => console.stopped(&killed),
+        // Who asks twice means now: leaving drops the children, which kills them.
+        cause = again => console.hurried(cause),
+    }
     outcome
 }
 
@@ -139,6 +153,7 @@ impl UpArgs {
             grpc: self.grpc.clone(),
             http: self.http.clone(),
             log: self.log.clone(),
+            drain_seconds: self.drain_timeout,
             extra: Extra {
                 router: self.router_arg.clone(),
                 worker: self.worker_arg.clone(),
@@ -152,7 +167,7 @@ impl UpArgs {
 fn describe(model: &Path) -> Result<String> {
     let checkpoint = Checkpoint::open(model)?;
     for warning in checkpoint.warnings() {
-        eprintln!("warning: {warning}");
+        output::note(&format!("warning: {warning}"));
     }
     let totals = Totals::published(checkpoint.config());
     let name = model.canonicalize().ok().and_then(|path| path.file_name().map(|name| name.to_os_string()));

@@ -64,8 +64,7 @@ mod tests {
 
     #[test]
     fn delays_double_up_to_the_bound_and_reset() {
-        let policy =
-            BackoffPolicy { first: Duration::from_millis(100), max: Duration::from_secs(1) };
+        let policy = BackoffPolicy { first: Duration::from_millis(100), max: Duration::from_secs(1) };
         let mut backoff = Backoff::new(policy, &"a");
         let delays: Vec<_> = (0..40).map(|_| backoff.next_delay()).collect();
         for (i, delay) in delays.iter().enumerate() {

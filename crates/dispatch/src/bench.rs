@@ -11,9 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cadre_ops::{
-    DispatchBatch, ExchangeError, ExpertExchange, ExpertRows, HostRows, RowFormat,
-};
+use cadre_ops::{DispatchBatch, ExchangeError, ExpertExchange, ExpertRows, HostRows, RowFormat};
 use cadre_types::{
     ClusterView, Generation, LayerId, LayerPlacement, LogicalExpert, Member, MemberId, MemberState,
     ModelHash, NumericsClass, Placement, PlacementEpoch, PlacementError, Role, ShardIndex,
@@ -25,8 +23,8 @@ use tokio::{
 };
 
 use crate::{
-    CombineFrame, DispatchConfig, DispatchFrame, Dispatcher, ExpertServer, GrpcConnector, IoThread,
-    Reply, ShardService, ShardSignals, tuning,
+    CombineFrame, DispatchConfig, DispatchFrame, Dispatcher, ExpertServer, GrpcConnector, IoThread, Reply,
+    ShardService, ShardSignals, tuning,
 };
 
 /// Bytes of a token of DeepSeek-V3 in e4m3: payloads that are multiples travel as that many tokens.
@@ -104,7 +102,7 @@ pub fn dispatch_round_trip(
     let total = payloads.len() * iterations * 2;
     let mut rows = Vec::with_capacity(payloads.len());
     for (at, &bytes) in payloads.iter().enumerate() {
-        if bytes == 0 || bytes % 4 != 0 {
+        if bytes == 0 || !bytes.is_multiple_of(4) {
             return Err(BenchError::Payload(bytes));
         }
         let payload: Vec<u8> = (0..bytes).map(|at| (at * 131 % 251) as u8).collect();
@@ -124,13 +122,7 @@ pub fn dispatch_round_trip(
         }
         let (dispatch_p50, dispatch_p99) = percentiles(&mut dispatched);
         let (raw_p50, raw_p99) = percentiles(&mut echoed);
-        rows.push(RoundTripRow {
-            payload_bytes: bytes,
-            dispatch_p50,
-            dispatch_p99,
-            raw_p50,
-            raw_p99,
-        });
+        rows.push(RoundTripRow { payload_bytes: bytes, dispatch_p50, dispatch_p99, raw_p50, raw_p99 });
     }
     Ok(rows)
 }
@@ -191,7 +183,7 @@ impl DispatchEcho {
     }
 
     fn round_trip(&mut self, payload: &[u8]) -> Result<Duration, BenchError> {
-        let tokens = if payload.len() % TOKEN_BYTES == 0 { payload.len() / TOKEN_BYTES } else { 1 };
+        let tokens = if payload.len().is_multiple_of(TOKEN_BYTES) { payload.len() / TOKEN_BYTES } else { 1 };
         self.choices.resize(tokens, 0);
         let batch = DispatchBatch {
             layer: LayerId(0),

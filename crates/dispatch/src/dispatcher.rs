@@ -180,7 +180,9 @@ impl Dispatcher {
         while let Ok(event) = self.events.try_recv() {
             self.handle_event(event);
         }
-        self.send_probes(Instant::now());
+        if self.links.any_ejected() {
+            self.send_probes(Instant::now());
+        }
     }
 
     fn follow_view(&mut self) {
@@ -229,14 +231,7 @@ impl Dispatcher {
         let mut plan = {
             let (links, policy, rng) = (&mut self.links, &self.config.health, &mut self.rng);
             self.planner.plan(step.layer, &view.placement, pairs, limits, |_, replicas, tokens| {
-                let chosen = choose(
-                    replicas,
-                    links.health(),
-                    |shard| links.usable(shard),
-                    policy,
-                    now,
-                    rng,
-                );
+                let chosen = choose(replicas, links.health(), |shard| links.usable(shard), policy, now, rng);
                 // Counted at once, so that the next run of this very plan sees it.
                 if let Some(at) = chosen {
                     links.health_mut(replicas[at].shard).sent(tokens);
@@ -324,14 +319,13 @@ impl Dispatcher {
         loop {
             self.catch_up();
             let Some(mut step) = self.steps.pop_front() else { return Ok(()) };
-            let layer = step.layer;
-            let now = Instant::now();
-            self.time_out(&mut step, now);
-            self.rescue(&mut step);
             step.scatter_into(out);
             if step.fatal.is_none() && step.is_done() {
                 return Ok(());
             }
+            let (layer, now) = (step.layer, Instant::now());
+            self.time_out(&mut step, now);
+            self.rescue(&mut step);
             let closed = self.shared.closed.load(Ordering::Acquire);
             let failed = step
                 .fatal

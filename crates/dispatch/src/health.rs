@@ -104,13 +104,7 @@ pub struct ShardHealth {
 
 impl Default for ShardHealth {
     fn default() -> Self {
-        Self {
-            standing: Standing::Admitted,
-            streak: 0,
-            outstanding: 0,
-            queued: None,
-            latency: None,
-        }
+        Self { standing: Standing::Admitted, streak: 0, outstanding: 0, queued: None, latency: None }
     }
 }
 
@@ -136,13 +130,7 @@ impl ShardHealth {
     }
 
     /// A frame with pairs came back computed.
-    pub fn computed(
-        &mut self,
-        policy: &HealthPolicy,
-        now: Instant,
-        round_trip: Duration,
-        queued: u32,
-    ) {
+    pub fn computed(&mut self, policy: &HealthPolicy, now: Instant, round_trip: Duration, queued: u32) {
         self.standing = Standing::Admitted;
         self.streak = 0;
         self.queued = Some((queued, now));
@@ -209,10 +197,7 @@ impl ShardHealth {
         if passed {
             self.standing = Standing::Admitted;
         } else {
-            let delay = policy
-                .first_probe
-                .saturating_mul(1 << self.streak.min(16))
-                .min(policy.max_probe);
+            let delay = policy.first_probe.saturating_mul(1 << self.streak.min(16)).min(policy.max_probe);
             self.streak = self.streak.saturating_add(1);
             self.standing = Standing::Ejected { next_probe: now + delay, probing: false };
         }
@@ -221,9 +206,7 @@ impl ShardHealth {
 
     fn load(&self, policy: &HealthPolicy, now: Instant) -> u64 {
         let queued = match self.queued {
-            Some((tokens, at))
-                if now.saturating_duration_since(at) <= policy.signal_staleness =>
-            {
+            Some((tokens, at)) if now.saturating_duration_since(at) <= policy.signal_staleness => {
                 u64::from(tokens)
             }
             _ => 0,

@@ -21,8 +21,7 @@ pub mod wire;
 
 pub use dispatcher::{DispatchConfig, DispatchHandle, Dispatcher};
 pub use frame::{
-    Answer, CombineFrame, DispatchFrame, LinkError, Refusal, RefusalCode, ShardContract,
-    ShardSignals,
+    Answer, CombineFrame, DispatchFrame, LinkError, Refusal, RefusalCode, ShardContract, ShardSignals,
 };
 pub use membership::{LoadReport, Membership, MembershipOptions};
 pub use stats::{DispatchStats, ExpertLoadWindow};

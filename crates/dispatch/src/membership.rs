@@ -9,7 +9,7 @@
 use std::{sync::Arc, time::Duration};
 
 use cadre_proto::v1;
-use cadre_types::{ClusterView, Generation, Member, MemberState, PlacementEpoch};
+use cadre_types::{ClusterView, Generation, Member, MemberState, Placement, PlacementEpoch};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinHandle,
@@ -90,8 +90,15 @@ pub struct Membership {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Standing {
     state: MemberState,
-    epoch: PlacementEpoch,
+    applied: Applied,
     leaving: bool,
+}
+
+/// The placement in force in this process; the default says that there is none yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Applied {
+    epoch: PlacementEpoch,
+    digest: u64,
 }
 
 struct Session<L> {
@@ -123,7 +130,7 @@ pub fn join(
         .map_err(|source| MembershipError::Address { address: options.coordinator.clone(), source })?;
     let views = watch::Sender::new(None);
     let (refusal_tx, refusal) = watch::channel(None);
-    let first = Standing { state: member.state, epoch: PlacementEpoch(0), leaving: false };
+    let first = Standing { state: member.state, applied: Applied::default(), leaving: false };
     let (standing, standing_rx) = watch::channel(first);
     let session = Session {
         options,
@@ -149,9 +156,10 @@ impl Membership {
         self.standing.send_if_modified(|standing| replace(&mut standing.state, state));
     }
 
-    /// Changes the reported (applied) placement epoch and reports it at once.
-    pub fn set_epoch(&self, epoch: PlacementEpoch) {
-        self.standing.send_if_modified(|standing| replace(&mut standing.epoch, epoch));
+    /// Changes the reported (applied) placement and reports it at once.
+    pub fn set_applied(&self, placement: &Placement) {
+        let applied = Applied { epoch: placement.epoch(), digest: placement.digest() };
+        self.standing.send_if_modified(|standing| replace(&mut standing.applied, applied));
     }
 
     /// Resolves when the coordinator refuses our generation, with its words. Pending otherwise.
@@ -204,7 +212,12 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
                         backoff.reset();
                     }
                     let delay = backoff.next_delay();
-                    tracing::info!(coordinator = self.options.coordinator, reason, ?delay, "coordinator unreachable");
+                    tracing::info!(
+                        coordinator = self.options.coordinator,
+                        reason,
+                        ?delay,
+                        "coordinator unreachable"
+                    );
                     if self.leaving_within(delay).await {
                         return;
                     }
@@ -284,10 +297,11 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
         let member = Member { state: standing.state, ..self.member.clone() };
         v1::Report {
             member: Some((&member).into()),
-            generation: Some(Generation { epoch: standing.epoch, ..self.generation }.into()),
+            generation: Some(Generation { epoch: standing.applied.epoch, ..self.generation }.into()),
             worker: load.worker,
             loading: load.loading,
             expert_load: load.expert_load,
+            placement_digest: standing.applied.digest,
         }
     }
 

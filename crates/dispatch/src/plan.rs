@@ -136,9 +136,13 @@ impl Planner {
                 of_expert = later;
                 let chosen = choose(expert, replicas, now.len()).and_then(|at| replicas.get(at));
                 match chosen {
-                    Some(replica) => self.by_shard[replica.shard.index()].extend(now.iter().map(
-                        |pair| Placed { slot: replica.slot.0, row: pair.row, target: pair.target },
-                    )),
+                    Some(replica) => {
+                        self.by_shard[replica.shard.index()].extend(now.iter().map(|pair| Placed {
+                            slot: replica.slot.0,
+                            row: pair.row,
+                            target: pair.target,
+                        }))
+                    }
                     None => plan.unplaced.extend_from_slice(now),
                 }
             }

@@ -16,9 +16,8 @@ use parking_lot::RwLock;
 use crate::health::Failure;
 
 /// Upper bounds of the round-trip buckets in seconds; the last bucket is everything above.
-pub const ROUND_TRIP_BOUNDS: [f64; 14] = [
-    50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.5, 2.0, 10.0,
-];
+pub const ROUND_TRIP_BOUNDS: [f64; 14] =
+    [50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.5, 2.0, 10.0];
 
 /// A histogram with fixed bounds.
 #[derive(Debug, Default)]
@@ -200,9 +199,8 @@ mod tests {
     #[test]
     fn a_window_reports_differences_only() {
         let slots = vec![vec![LogicalExpert(0), LogicalExpert(1)]];
-        let layers = [3, 4]
-            .map(|layer| LayerPlacement { layer: LayerId(layer), slots: slots.clone() })
-            .to_vec();
+        let layers =
+            [3, 4].map(|layer| LayerPlacement { layer: LayerId(layer), slots: slots.clone() }).to_vec();
         let placement = Placement::new(PlacementEpoch(1), 2, layers).unwrap();
         let stats = Arc::new(DispatchStats::default());
         let mut window = ExpertLoadWindow::new(stats.clone());

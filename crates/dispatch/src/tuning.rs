@@ -24,11 +24,7 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A client endpoint for `host:port` or a full URI.
 pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
-    let uri = if address.contains("://") {
-        address.to_owned()
-    } else {
-        format!("http://{address}")
-    };
+    let uri = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
     Ok(Endpoint::from_shared(uri)?
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)

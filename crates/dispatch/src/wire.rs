@@ -7,9 +7,7 @@ use cadre_proto::{
 };
 use cadre_types::{Generation, LayerId};
 
-use crate::frame::{
-    Answer, CombineFrame, DispatchFrame, LinkError, Refusal, RefusalCode, ShardSignals,
-};
+use crate::frame::{Answer, CombineFrame, DispatchFrame, LinkError, Refusal, RefusalCode, ShardSignals};
 
 fn dtype(format: RowFormat) -> v1::Dtype {
     match format {
@@ -180,7 +178,8 @@ mod tests {
 
     #[test]
     fn frames_with_unknown_fields_name_them() {
-        let cases: [(&str, fn(&mut v1::DispatchFrame)); 4] = [
+        type Change = fn(&mut v1::DispatchFrame);
+        let cases: [(&str, Change); 4] = [
             ("dispatch.generation: missing", |wire| wire.generation = None),
             ("generation.numerics", |wire| wire.generation.as_mut().unwrap().numerics = 9),
             ("dispatch.dtype: unknown value 44", |wire| wire.dtype = 44),

@@ -3,10 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{
-    sync::Arc,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use cadre_dispatch::{
     CombineFrame, DispatchFrame, ExpertServer, Reply, ShardContract, ShardService, ShardSignals,
@@ -24,11 +21,8 @@ use tonic::{Code, Status, Streaming};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-const GENERATION: Generation = Generation {
-    model: ModelHash([1; 16]),
-    numerics: NumericsClass::F32,
-    epoch: PlacementEpoch(4),
-};
+const GENERATION: Generation =
+    Generation { model: ModelHash([1; 16]), numerics: NumericsClass::F32, epoch: PlacementEpoch(4) };
 
 /// Checks its contract and holds what passes, or echoes.
 struct Shard {
@@ -139,7 +133,8 @@ async fn every_refusal_is_typed_and_the_stream_goes_on() {
     let (_shard, address) = serve(false).await;
     let mut client = connect(&address).await;
     use v1::DispatchErrorCode as Code;
-    let cases: [(Code, &str, fn(&mut v1::DispatchFrame)); 9] = [
+    type Change = fn(&mut v1::DispatchFrame);
+    let cases: [(Code, &str, Change); 9] = [
         (Code::Malformed, "dispatch.dtype: unknown value 9", |frame| frame.dtype = 9),
         (Code::Malformed, "dispatch.generation: missing", |frame| frame.generation = None),
         (Code::Malformed, "rows are Bf16", |frame| frame.dtype = v1::Dtype::Bf16.into()),

@@ -203,9 +203,13 @@ impl<B: Backend> StepLoop<B> {
 
     fn submit(&mut self, submission: Submission) {
         let Submission { request_id, prompt, sampling, stop, deadline, kind, events, in_flight } = submission;
-        if self.by_request.contains_key(&request_id) {
-            self.refuse(&events, EngineError::Duplicate { request_id });
-            return;
+        if let Some(&id) = self.by_request.get(&request_id) {
+            if !self.entries.get(&id).is_some_and(|entry| entry.events.is_closed()) {
+                self.refuse(&events, EngineError::Duplicate { request_id });
+                return;
+            }
+            // Its owner has let go of it and tries again.
+            self.finish(id, FinishReason::Cancelled);
         }
         let (kind, part) = match kind {
             SubmissionKind::Local => (SequenceKind::Local, Part::Local),

@@ -73,18 +73,8 @@ const EPOCH: MetricSpec = MetricSpec {
 };
 
 /// Every metric of a shard, for registration and docs/metrics.md.
-pub const CATALOG: &[MetricSpec] = &[
-    FRAMES,
-    REFUSED,
-    PAIRS,
-    BATCHES,
-    TIME,
-    QUEUED,
-    EXPERTS,
-    RESIDENT_BYTES,
-    WEIGHT_BYTES,
-    EPOCH,
-];
+pub const CATALOG: &[MetricSpec] =
+    &[FRAMES, REFUSED, PAIRS, BATCHES, TIME, QUEUED, EXPERTS, RESIDENT_BYTES, WEIGHT_BYTES, EPOCH];
 
 /// The handles.
 #[derive(Debug)]

@@ -16,17 +16,13 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use cadre_checkpoint::Checkpoint;
-use cadre_dispatch::{
-    ExpertServer, LoadReport, Membership, MembershipOptions, membership, tuning,
-};
+use cadre_dispatch::{ExpertServer, LoadReport, Membership, MembershipOptions, membership, tuning};
 use cadre_ops::Backend;
 use cadre_ops_cpu::{CpuBackend, CpuOptions};
 use cadre_proto::v1;
 use cadre_shard::{ApplyError, CheckpointSource, Shard, ShardOptions};
 use cadre_telemetry::{Metrics, Readiness, admin, axum};
-use cadre_types::{
-    Generation, Member, MemberId, MemberState, Placement, PlacementEpoch, Role, ShardIndex,
-};
+use cadre_types::{Generation, Member, MemberId, MemberState, Placement, PlacementEpoch, Role, ShardIndex};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 
 use crate::{
@@ -98,11 +94,7 @@ impl Expert {
             let cpu = CpuOptions { threads: threads.map(usize::from), ..CpuOptions::new(numerics) };
             let backend = Arc::new(CpuBackend::new(cpu)?);
             tracing::info!(backend = backend.describe(), model = %dir.display(), "opened");
-            let weights = Generation {
-                model: checkpoint.model_hash(),
-                numerics,
-                epoch: PlacementEpoch(0),
-            };
+            let weights = Generation { model: checkpoint.model_hash(), numerics, epoch: PlacementEpoch(0) };
             let hidden = checkpoint.config().hidden_size;
             let source = Arc::new(CheckpointSource::new(backend.clone(), checkpoint));
             let shard = Shard::spawn(ShardOptions { shard: index, weights, hidden }, backend, source)?;
@@ -134,8 +126,7 @@ impl Expert {
                     let _ = closed.await;
                 }),
         );
-        let serving_admin =
-            admin::serve(admin_listener, metrics, readiness.clone(), axum::Router::new());
+        let serving_admin = admin::serve(admin_listener, metrics, readiness.clone(), axum::Router::new());
         let admin = tokio::spawn(async move {
             if let Err(error) = serving_admin.await {
                 tracing::error!(%error, "the admin server ended");
@@ -231,7 +222,7 @@ impl Expert {
         self.readiness.met(SERVING);
         self.health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::Serving).await;
         self.metrics.refresh(&self.shard);
-        self.membership.set_epoch(epoch);
+        self.membership.set_applied(placement);
         self.membership.set_state(MemberState::Ready);
         tracing::info!(shard = self.index.0, %epoch, "expert shard ready");
         Ok(())
@@ -291,28 +282,22 @@ fn join(
     let shard = Arc::downgrade(shard);
     let load = move || {
         let progress = shard.upgrade().map(|shard| shard.progress()).unwrap_or_default();
-        let loading = v1::LoadProgress {
-            bytes_read: progress.bytes_read,
-            bytes_expected: progress.bytes_expected,
-        };
+        let loading =
+            v1::LoadProgress { bytes_read: progress.bytes_read, bytes_expected: progress.bytes_expected };
         LoadReport { loading: Some(loading), ..LoadReport::default() }
     };
     Ok(membership::join(MembershipOptions::new(&options.coordinator), member, weights, load)?)
 }
 
 async fn bind(address: SocketAddr, option: &str) -> Result<(TcpListener, SocketAddr)> {
-    let listener = TcpListener::bind(address)
-        .await
-        .with_context(|| format!("{option}: cannot bind {address}"))?;
+    let listener =
+        TcpListener::bind(address).await.with_context(|| format!("{option}: cannot bind {address}"))?;
     let bound = listener.local_addr().with_context(|| format!("{option}: {address}"))?;
     Ok((listener, bound))
 }
 
 /// Runs blocking work on a thread of its own, which a stopping process does not wait for.
-async fn on_thread<T: Send + 'static>(
-    name: &str,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T> {
+async fn on_thread<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     let (sender, result) = oneshot::channel();
     std::thread::Builder::new()
         .name(name.to_owned())

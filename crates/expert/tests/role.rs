@@ -21,8 +21,8 @@ use cadre_expert::{BoundAddresses, ExpertOptions};
 use cadre_ops::{DispatchBatch, ExpertExchange, ExpertRows, HostRows, RowFormat};
 use cadre_proto::v1;
 use cadre_types::{
-    ClusterView, Generation, LayerPlacement, LogicalExpert, Member, MemberState, NumericsClass,
-    Placement, PlacementEpoch, ShardIndex,
+    ClusterView, Generation, LayerPlacement, LogicalExpert, Member, MemberState, NumericsClass, Placement,
+    PlacementEpoch, ShardIndex,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -123,8 +123,7 @@ impl Cluster {
         };
         let placement = Arc::new(placement(&checkpoint, 1, shards));
         let view = ClusterView { generation, placement, members: Vec::new() };
-        let coordinator =
-            Coordinator { view: watch::Sender::new(view), refuse, reported: Arc::default() };
+        let coordinator = Coordinator { view: watch::Sender::new(view), refuse, reported: Arc::default() };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let service = v1::coordinator_server::CoordinatorServer::new(coordinator.clone());
@@ -136,8 +135,7 @@ impl Cluster {
     }
 
     fn options(&self, shard: u16) -> ExpertOptions {
-        let mut options =
-            ExpertOptions::new(self.model.clone(), ShardIndex(shard), self.address.clone());
+        let mut options = ExpertOptions::new(self.model.clone(), ShardIndex(shard), self.address.clone());
         options.threads = Some(NonZeroUsize::MIN);
         options
     }
@@ -184,9 +182,7 @@ impl Cluster {
             let mut dispatcher = Dispatcher::new(bounds, view.generation, connector);
             dispatcher.handle().update(Arc::new(view));
             let (tokens, hidden, top_k) = (5, config.hidden_size, config.num_experts_per_tok);
-            let data: Vec<u8> = (0..tokens * hidden)
-                .flat_map(|at| [0, 0x3F + (at % 2) as u8])
-                .collect();
+            let data: Vec<u8> = (0..tokens * hidden).flat_map(|at| [0, 0x3F + (at % 2) as u8]).collect();
             let topk_idx: Vec<u16> =
                 (0..tokens).flat_map(|t| (0..top_k).map(move |k| (t + 3 * k) as u16)).collect();
             let (mut all, mut out) = (Vec::new(), ExpertRows::default());

@@ -80,6 +80,7 @@ impl CpuBackend {
         })?;
         let available = || std::thread::available_parallelism().map_or(1, |n| n.get());
         let pool = Pool::new(options.threads.unwrap_or_else(available), options.spin)?;
+        tracing::debug!(%isa, threads = pool.threads(), numerics = %options.class, "CPU backend");
         Ok(Self { class: options.class, isa, kernels, pool })
     }
 

@@ -225,7 +225,7 @@ impl Shared {
                 continue;
             }
             rounds = rounds.wrapping_add(1);
-            if rounds % 64 != 0 || idle_since.elapsed() < self.spin {
+            if !rounds.is_multiple_of(64) || idle_since.elapsed() < self.spin {
                 std::hint::spin_loop();
                 continue;
             }

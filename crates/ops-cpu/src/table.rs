@@ -59,6 +59,10 @@ kernels! {
     rms_norm = rows::rms_norm(x: *const f32, weight: *const f32, eps: f32, cols: usize, round: bool, y: *mut f32);
     /// Activation quantiser of one row.
     quantise = rows::quantise(x: *const f32, cols: usize, y: *mut f32, scales: *mut f32);
+    /// Codes of one row of e4m3 values.
+    encode_e4m3 = rows::encode_e4m3(from: *const f32, cols: usize, to: *mut u8);
+    /// Sigmoid of one row.
+    sigmoid = rows::sigmoid(x: *mut f32, cols: usize);
     /// Rotation of one rotary part.
     rotate = rows::rotate(x: *mut f32, table: *const f32, pairs: usize, round: bool);
     /// One row of bf16 to F32.

@@ -58,10 +58,12 @@ pub trait Backend: Send + Sync + 'static {
     /// Device memory for `rows x cols` activations.
     fn alloc(&self, rows: usize, cols: usize) -> Result<Self::Buffer, OpsError>;
 
-    /// Packs a matrix for [`Self::linear`]. Refuses NaN codes and scales that are not finite and positive.
+    /// Packs a matrix for [`Self::linear`]. Refuses NaN codes, BF16 and F32 elements that are not finite, and
+    /// scales that are not finite and positive (or overflow when multiplied with 2^8).
     fn load_matrix(&self, matrix: HostMatrix<'_>) -> Result<Self::Weight, OpsError>;
 
-    /// Packs gate_proj `[inner, hidden]`, up_proj `[inner, hidden]` and down_proj `[hidden, inner]`.
+    /// Packs gate_proj `[inner, hidden]`, up_proj `[inner, hidden]` and down_proj `[hidden, inner]`; gate_proj and
+    /// up_proj have the same element type.
     fn load_ffn(
         &self,
         gate: HostMatrix<'_>,
@@ -69,15 +71,11 @@ pub trait Backend: Send + Sync + 'static {
         down: HostMatrix<'_>,
     ) -> Result<Ffn<Self::Weight>, OpsError>;
 
-    /// A vector.
+    /// A vector of finite values.
     fn load_vector(&self, vector: HostVector<'_>) -> Result<Self::Vector, OpsError>;
 
     /// kv_b_proj `[heads * (nope + v), kv_lora]`: per head `nope` key rows, then `v` value rows.
-    fn load_kv_up(
-        &self,
-        shape: &AttentionShape,
-        kv_b: HostMatrix<'_>,
-    ) -> Result<Self::KvUp, OpsError>;
+    fn load_kv_up(&self, shape: &AttentionShape, kv_b: HostMatrix<'_>) -> Result<Self::KvUp, OpsError>;
 
     /// Rotary tables for a shape.
     fn load_attention(&self, shape: &AttentionShape) -> Result<Self::Attention, OpsError>;
@@ -91,7 +89,8 @@ pub trait Backend: Send + Sync + 'static {
     // --- host transfers (each synchronises the queue) -----------------------------------------------
 
     /// Encodes rows `0..rows` of `x` into `data` and `scales` (cleared first). With [`RowFormat::E4m3`] the
-    /// published quantiser is applied (spec §7): per row and 128 columns `s = max(amax, 1e-4) / 448`.
+    /// published quantiser is applied (spec §7): per row and 128 columns `s = max(amax, 1e-4) / 448`; a row that
+    /// arrived with codes is sent on with those.
     fn download_rows(
         &self,
         queue: &mut Self::Queue,
@@ -203,7 +202,8 @@ pub trait Backend: Send + Sync + 'static {
     ) -> Result<(), OpsError>;
 
     /// Grouped feed-forward: rows of each group through that group's expert. Rows of `x` are contiguous by
-    /// group; each row's result depends on nothing but that row and its expert.
+    /// group, groups do not overlap (their order is free, rows in none are left alone), experts have one shape;
+    /// each row's result depends on nothing but that row and its expert.
     fn grouped_ffn(
         &self,
         queue: &mut Self::Queue,
@@ -242,7 +242,8 @@ pub trait Backend: Send + Sync + 'static {
     ) -> Result<(), OpsError>;
 
     /// Rotates the `k_pe` part and normalises the `c` part of `kv_a [rows, kv_lora + rope]` and stores both
-    /// at each row's position. `positions[t]` and `tables[t]` belong to row `t`.
+    /// at each row's position. `positions[t]` and `tables[t]` belong to row `t`. Of two rows for one place the
+    /// later one stays.
     #[allow(clippy::too_many_arguments, reason = "fuses norm, rotation and store")]
     fn kv_append(
         &self,
@@ -268,7 +269,8 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Naive-form causal attention of prompt chunks over the cache (which already holds the chunk itself):
     /// keys and values expanded through `kv_up` from the cached latents. Writes rows of the segments in
-    /// `out [rows, heads * v]`.
+    /// `out [rows, heads * v]`; segments do not overlap. The context is expanded anew on every call, so
+    /// longer chunks cost less per row.
     #[allow(clippy::too_many_arguments, reason = "a batch of segments against one layer of a cache")]
     fn attention_prefill(
         &self,
@@ -282,7 +284,8 @@ pub trait Backend: Send + Sync + 'static {
         out: &mut Self::Buffer,
     ) -> Result<(), OpsError>;
 
-    /// Absorbed-form attention of generated rows. Writes those rows of `out [rows, heads * v]`.
+    /// Absorbed-form attention of generated rows. Writes those rows of `out [rows, heads * v]`; no row is named
+    /// twice.
     #[allow(clippy::too_many_arguments, reason = "a batch of rows against one layer of a cache")]
     fn attention_decode(
         &self,

@@ -18,11 +18,6 @@ pub struct Chooser {
 impl Chooser {
     /// Appends `shape.top_k` ids, ascending, and their weights. The shape was checked by
     /// [`crate::check::gate`]; `logits` and `bias` have `shape.experts` entries.
-    ///
-    /// `selection = sigmoid(logit) + bias` is used for choosing only. A group's score is the sum of its two
-    /// largest selections (of its only one, in groups of one). Of the kept groups the largest selections
-    /// win; every tie goes to the lowest id. Weights are the sigmoids, divided by (their sum in ascending
-    /// id order + 1e-20) if the shape says so, times the factor.
     pub fn choose(
         &mut self,
         logits: &[f32],
@@ -32,17 +27,38 @@ impl Chooser {
         topk_idx: &mut Vec<u16>,
         topk_weights: &mut Vec<f32>,
     ) -> Result<(), OpsError> {
-        if let Some(expert) = logits.iter().position(|logit| logit.is_nan()) {
+        let mut scores = std::mem::take(&mut self.scores);
+        scores.clear();
+        scores.extend(logits.iter().map(|logit| sigmoid(*logit)));
+        let result = self.choose_scored(&scores, bias, shape, row, topk_idx, topk_weights);
+        self.scores = scores;
+        result
+    }
+
+    /// As [`Self::choose`], from the sigmoids of the logits (a NaN logit is a NaN sigmoid).
+    ///
+    /// `selection = sigmoid(logit) + bias` is used for choosing only. A group's score is the sum of its two
+    /// largest selections (of its only one, in groups of one). Of the kept groups the largest selections
+    /// win; every tie goes to the lowest id. Weights are the sigmoids, divided by (their sum in ascending
+    /// id order + 1e-20) if the shape says so, times the factor.
+    pub fn choose_scored(
+        &mut self,
+        scores: &[f32],
+        bias: &[f32],
+        shape: &GateShape,
+        row: usize,
+        topk_idx: &mut Vec<u16>,
+        topk_weights: &mut Vec<f32>,
+    ) -> Result<(), OpsError> {
+        if let Some(expert) = scores.iter().position(|score| score.is_nan()) {
             return Err(OpsError::NanGate { row, expert });
         }
-        self.scores.clear();
-        self.scores.extend(logits.iter().map(|logit| sigmoid(*logit)));
         self.selection.clear();
-        self.selection.extend(self.scores.iter().zip(bias).map(|(score, bias)| score + bias));
+        self.selection.extend(scores.iter().zip(bias).map(|(score, bias)| score + bias));
         self.keep_groups(shape);
         self.choose_experts(shape);
 
-        let weight = |expert: &u16| self.scores[usize::from(*expert)];
+        let weight = |expert: &u16| scores[usize::from(*expert)];
         let sum = self.chosen.iter().map(weight).fold(0.0_f32, |sum, s| sum + s) + 1e-20;
         topk_idx.extend_from_slice(&self.chosen);
         topk_weights.extend(self.chosen.iter().map(|expert| {

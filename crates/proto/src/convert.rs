@@ -85,11 +85,9 @@ impl TryFrom<&v1::Generation> for t::Generation {
     type Error = ConvertError;
 
     fn try_from(wire: &v1::Generation) -> Result<Self, ConvertError> {
-        let hash: [u8; 16] = wire.model_hash.as_ref().try_into().map_err(|_| {
-            ConvertError::Invalid {
-                field: "generation.model_hash",
-                problem: format!("{} bytes, expected 16", wire.model_hash.len()),
-            }
+        let hash: [u8; 16] = wire.model_hash.as_ref().try_into().map_err(|_| ConvertError::Invalid {
+            field: "generation.model_hash",
+            problem: format!("{} bytes, expected 16", wire.model_hash.len()),
         })?;
         Ok(Self {
             model: t::ModelHash(hash),

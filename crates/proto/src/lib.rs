@@ -21,7 +21,7 @@ pub mod v1 {
 /// The encoded `FileDescriptorSet` of the package, for gRPC reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!("generated/cadre.v1.bin");
 
-/// Largest gRPC message that any cadre service accepts or sends, in bytes. Derivation: the largest
-/// dispatch frame is `MAX_DISPATCH_TOKENS` (4096) rows of F32 at hidden 7168, 112 MiB; answers have up to
-/// one row per (token, choice) and are split by the sender to stay below.
+/// Largest gRPC message that any cadre service accepts or sends, in bytes: twice the largest dispatch frame
+/// or answer (64 MiB, cadre-dispatch splits longer ones), so that one which is too large is refused by
+/// name and does not break its stream.
 pub const MAX_MESSAGE_BYTES: usize = 128 << 20;

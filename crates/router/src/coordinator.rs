@@ -9,10 +9,10 @@
 //! first was seen to close) replaces the first.
 //!
 //! **Epochs after a restart.** State is soft. The placement is a pure function of the checkpoint, the
-//! number of shards and slots, and the expert-load file, so a restarted router computes the same one. It
-//! begins at epoch 1, and takes the largest epoch that any member reports as applied, so that epochs
-//! never go backwards and members that already hold the placement have nothing to do. The premise is
-//! that those inputs did not change while members live on; to change them, restart the members too.
+//! number of shards and slots, and the expert-load file, so a restarted router usually computes the same
+//! one. It begins at epoch 1 and moves by what members report as applied, epoch and digest: the largest
+//! epoch of the same placement is taken over, so that members which hold it have nothing to do; if the
+//! inputs have changed meanwhile, ours gets an epoch above theirs. One epoch never means two placements.
 
 mod load_window;
 mod plan;

@@ -88,8 +88,7 @@ impl<B: Backend> Compute<B> {
                     add(&self.stats.frames, 1);
                     add(&self.stats.pairs, job.frame.pairs());
                     add(&self.stats.queue_micros, waited as usize);
-                    let signals =
-                        ShardSignals { queue_micros: waited, compute_micros: took, queued_tokens };
+                    let signals = ShardSignals { queue_micros: waited, compute_micros: took, queued_tokens };
                     let rows = self.pool.lend(rows);
                     job.reply.send(Ok(CombineFrame { format, rows, signals }));
                 }
@@ -106,11 +105,7 @@ impl<B: Backend> Compute<B> {
     }
 
     /// The rows of each frame, in its pair order.
-    fn rows(
-        &mut self,
-        frames: &[&DispatchFrame],
-        held: &Held<B::Weight>,
-    ) -> Result<Vec<Vec<u8>>, OpsError> {
+    fn rows(&mut self, frames: &[&DispatchFrame], held: &Held<B::Weight>) -> Result<Vec<Vec<u8>>, OpsError> {
         let width = RowFormat::combine(self.backend.class()).row_bytes(self.hidden);
         let mut rows: Vec<Vec<u8>> = frames.iter().map(|_| self.pool.take()).collect();
         let experts = held.experts(frames[0].layer);
@@ -203,14 +198,7 @@ impl<B: Backend> Compute<B> {
         }
         backend.grouped_ffn(queue, &buffers.gathered, &used, &self.groups, &mut buffers.results)?;
         let combine = RowFormat::combine(backend.class());
-        backend.download_rows(
-            queue,
-            &buffers.results,
-            pass.len(),
-            combine,
-            results,
-            &mut self.scales,
-        )
+        backend.download_rows(queue, &buffers.results, pass.len(), combine, results, &mut self.scales)
     }
 
     /// Copies the encoded rows of a pass together, one per pair: passes over several frames, or over

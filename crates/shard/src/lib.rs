@@ -11,11 +11,13 @@
 pub mod compute;
 pub mod pool;
 pub mod queue;
+pub mod self_test;
 pub mod shard;
 pub mod source;
 pub mod stats;
 pub mod workspace;
 
-pub use shard::{ApplyError, Progress, SelfTestError, Shard, ShardOptions};
+pub use self_test::SelfTestError;
+pub use shard::{ApplyError, Progress, Shard, ShardOptions};
 pub use source::{CheckpointSource, ExpertSource, SourceError};
 pub use stats::ShardStats;

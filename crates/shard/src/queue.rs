@@ -57,12 +57,15 @@ pub(crate) enum Full {
 
 impl<W> Queue<W> {
     pub(crate) fn new() -> Self {
-        let state =
-            State { jobs: VecDeque::new(), bytes: 0, pairs: 0, busy: false, closed: false };
+        let state = State { jobs: VecDeque::new(), bytes: 0, pairs: 0, busy: false, closed: false };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// Takes a frame in, or gives it back.
+    #[allow(
+        clippy::result_large_err,
+        reason = "the job comes back to be answered; it is not boxed to please the rare path"
+    )]
     pub(crate) fn push(&self, job: Job<W>) -> Result<(), (Job<W>, Full)> {
         let mut state = self.state.lock();
         let bytes = job.frame.payload_bytes();

@@ -10,17 +10,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cadre_dispatch::{
-    Answer, AnswerSink, DispatchFrame, Refusal, RefusalCode, Reply, ShardContract, ShardService,
-};
+use cadre_dispatch::{DispatchFrame, Refusal, RefusalCode, Reply, ShardContract, ShardService};
 use cadre_model::ExpertKey;
-use cadre_ops::{Backend, OpsError, RowFormat, backend::Ffn};
+use cadre_ops::{Backend, OpsError, backend::Ffn};
 use cadre_types::{Generation, LayerId, Placement, PlacementEpoch, ShardIndex};
 use parking_lot::{Mutex, RwLock};
 
 use crate::{
     compute::Compute,
     queue::{Full, Job, Queue},
+    self_test::{self, SelfTestError},
     source::{ExpertSource, SourceError},
     stats::ShardStats,
 };
@@ -125,22 +124,6 @@ pub enum ApplyError {
     },
 }
 
-/// Why a shard is not proven.
-#[derive(Debug, thiserror::Error)]
-pub enum SelfTestError {
-    /// Nothing is loaded.
-    #[error("self-test: no placement is applied")]
-    NothingLoaded,
-    /// A frame failed.
-    #[error("self-test of {layer}: {message}")]
-    Failed {
-        /// The layer.
-        layer: LayerId,
-        /// Why.
-        message: String,
-    },
-}
-
 impl<B: Backend> Shard<B> {
     /// A shard that computes on the thread that submits: for an engine in the same process, whose
     /// threads it then uses.
@@ -202,34 +185,7 @@ impl<B: Backend> Shard<B> {
     /// of the right size prove the weights, the kernels and the compute thread.
     pub fn self_test(&self, timeout: Duration) -> Result<(), SelfTestError> {
         let held = self.inner.held().ok_or(SelfTestError::NothingLoaded)?;
-        let deadline = Instant::now() + timeout;
-        for &(layer, slots) in held.contract.slots.iter().filter(|(_, slots)| *slots > 0) {
-            self.test_layer(&held.contract, layer, slots, deadline)
-                .map_err(|message| SelfTestError::Failed { layer, message })?;
-        }
-        Ok(())
-    }
-
-    fn test_layer(
-        &self,
-        contract: &ShardContract,
-        layer: LayerId,
-        slots: usize,
-        deadline: Instant,
-    ) -> Result<(), String> {
-        let (sink, answers) = crossbeam_channel::bounded(1);
-        let frame = test_frame(contract, layer, slots);
-        self.submit(frame, Reply::new(Arc::new(OneAnswer(sink)), 0));
-        let answer = answers.recv_deadline(deadline).map_err(|_| "no answer in time".to_owned())?;
-        let combined = answer.map_err(|error| error.to_string())?;
-        let expected = slots * combined.format.row_bytes(contract.hidden);
-        if combined.rows.len() != expected {
-            return Err(format!("{} bytes came back, expected {expected}", combined.rows.len()));
-        }
-        match first_not_finite(combined.format, &combined.rows) {
-            Some(at) => Err(format!("element {at} of the rows is not finite")),
-            None => Ok(()),
-        }
+        self_test::run(self, &held.contract, Instant::now() + timeout)
     }
 
     /// Refuses new frames from now on.
@@ -350,9 +306,7 @@ impl<B: Backend> Inner<B> {
                     let (code, what) = match full {
                         Full::Bytes(bytes) => (RefusalCode::Overloaded, format!("{bytes} bytes wait")),
                         Full::Frames(n) => (RefusalCode::Overloaded, format!("{n} frames wait")),
-                        Full::Closed => {
-                            (RefusalCode::Unavailable, "the compute thread is gone".to_owned())
-                        }
+                        Full::Closed => (RefusalCode::Unavailable, "the compute thread is gone".to_owned()),
                     };
                     self.stats.refuse(code);
                     let refusal = Refusal::new(code, format!("{shard}, {layer}: {what}"));
@@ -376,10 +330,8 @@ impl<B: Backend> Inner<B> {
         if let Err(mismatch) = self.options.weights.check_weights(&frame.generation) {
             return Err(Refusal::new(RefusalCode::Generation, format!("{shard}, {layer}: {mismatch}")));
         }
-        let (read, expected) = (
-            self.bytes_read.load(Ordering::Acquire),
-            self.bytes_expected.load(Ordering::Acquire),
-        );
+        let (read, expected) =
+            (self.bytes_read.load(Ordering::Acquire), self.bytes_expected.load(Ordering::Acquire));
         let what = format!("{shard}, {layer}: loading, {read} of {expected} bytes");
         Err(Refusal::new(RefusalCode::Unavailable, what))
     }
@@ -418,11 +370,11 @@ impl<B: Backend> Inner<B> {
                 }
                 let ffn = match kept(&key) {
                     Some(ffn) => ffn,
-                    None => Arc::new(
-                        self.source
-                            .load(key)
-                            .map_err(|source| ApplyError::Load { epoch, key, source })?,
-                    ),
+                    None => Arc::new(self.source.load(key).map_err(|source| ApplyError::Load {
+                        epoch,
+                        key,
+                        source,
+                    })?),
                 };
                 self.bytes_read.fetch_add(sizes[&key], Ordering::AcqRel);
                 experts.insert(key, ffn.clone());
@@ -455,54 +407,6 @@ fn serve<B: Backend>(queue: &Arc<Queue<B::Weight>>, mut compute: Compute<B>) {
         compute.run(jobs, || queue.pairs());
     }
     drop(close);
-}
-
-/// Where a self-test's answer goes.
-struct OneAnswer(crossbeam_channel::Sender<Answer>);
-
-impl AnswerSink for OneAnswer {
-    fn deliver(&self, _sequence: u64, answer: Answer) {
-        // The tester may have given up.
-        let _ = self.0.try_send(answer);
-    }
-
-    fn is_cancelled(&self) -> bool {
-        false
-    }
-}
-
-/// One row of ones through every slot of a layer.
-fn test_frame(contract: &ShardContract, layer: LayerId, slots: usize) -> DispatchFrame {
-    let format = RowFormat::dispatch(contract.generation.numerics);
-    let one: &[u8] = match format {
-        RowFormat::F32 => &[0x00, 0x00, 0x80, 0x3F],
-        RowFormat::Bf16 => &[0x80, 0x3F],
-        RowFormat::E4m3 => &[0x38],
-    };
-    DispatchFrame {
-        sequence: 0,
-        generation: contract.generation,
-        layer,
-        tokens: 1,
-        format,
-        data: one.repeat(contract.hidden).into(),
-        scales: 1.0_f32.to_le_bytes().repeat(format.row_scales(contract.hidden)).into(),
-        pair_tokens: vec![0; slots],
-        pair_slots: (0..slots as u32).collect(),
-    }
-}
-
-/// Index of the first element whose exponent is all ones.
-fn first_not_finite(format: RowFormat, rows: &[u8]) -> Option<usize> {
-    match format {
-        RowFormat::F32 => rows
-            .chunks_exact(4)
-            .position(|bytes| u16::from_le_bytes([bytes[2], bytes[3]]) & 0x7F80 == 0x7F80),
-        RowFormat::Bf16 => rows
-            .chunks_exact(2)
-            .position(|bytes| u16::from_le_bytes([bytes[0], bytes[1]]) & 0x7F80 == 0x7F80),
-        RowFormat::E4m3 => rows.iter().position(|byte| byte & 0x7F == 0x7F),
-    }
 }
 
 #[cfg(test)]

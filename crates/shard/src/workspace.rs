@@ -45,9 +45,7 @@ impl<B: Backend> Workspace<B> {
         let alloc = || backend.alloc(self.rows, self.hidden);
         match &mut self.buffers {
             Some(buffers) => Ok(buffers),
-            empty => {
-                Ok(empty.insert(Buffers { received: alloc()?, gathered: alloc()?, results: alloc()? }))
-            }
+            empty => Ok(empty.insert(Buffers { received: alloc()?, gathered: alloc()?, results: alloc()? })),
         }
     }
 }

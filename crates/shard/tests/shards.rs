@@ -16,13 +16,12 @@ use cadre_dispatch::{
     Connect, DispatchConfig, Dispatcher, ExpertServer, GrpcConnector, IoThread, LocalConnector, tuning,
 };
 use cadre_ops::{
-    Backend, DispatchBatch, ExpertExchange, ExpertRows, HostRows, RowFormat,
-    reference::ReferenceBackend,
+    Backend, DispatchBatch, ExpertExchange, ExpertRows, HostRows, RowFormat, reference::ReferenceBackend,
 };
 use cadre_shard::{CheckpointSource, Shard, ShardOptions};
 use cadre_types::{
-    ClusterView, Generation, LayerPlacement, LogicalExpert, Member, MemberId, MemberState,
-    NumericsClass, Placement, PlacementEpoch, Role, ShardIndex,
+    ClusterView, Generation, LayerPlacement, LogicalExpert, Member, MemberId, MemberState, NumericsClass,
+    Placement, PlacementEpoch, Role, ShardIndex,
 };
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -120,11 +119,8 @@ impl Bench {
             placement: Arc::new(placement.clone()),
             members: addresses.iter().enumerate().map(member).collect(),
         };
-        let config = DispatchConfig {
-            frame_timeout: PATIENCE,
-            uncovered_wait: PATIENCE,
-            ..DispatchConfig::default()
-        };
+        let config =
+            DispatchConfig { frame_timeout: PATIENCE, uncovered_wait: PATIENCE, ..DispatchConfig::default() };
         let dispatcher = Dispatcher::new(config, self.weights(), connector);
         dispatcher.handle().update(Arc::new(view));
         dispatcher

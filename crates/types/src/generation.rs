@@ -137,3 +137,35 @@ pub enum GenerationMismatch {
         theirs: PlacementEpoch,
     },
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_difference_is_named_and_the_epoch_only_where_it_counts() {
+        let ours =
+            Generation { model: ModelHash([1; 16]), numerics: NumericsClass::Bf16, epoch: PlacementEpoch(4) };
+        assert_eq!(ours.check(&ours), Ok(()));
+        let epoch = Generation { epoch: PlacementEpoch(5), ..ours };
+        assert_eq!(
+            ours.check(&epoch).map_err(|e| e.to_string()),
+            Err("placement epoch 5 is not ours (epoch 4)".into())
+        );
+        assert_eq!(ours.check_weights(&epoch), Ok(()));
+        let numerics = Generation { numerics: NumericsClass::Fp8, ..ours };
+        let model = Generation { model: ModelHash([2; 16]), ..ours };
+        for theirs in [numerics, model] {
+            assert!(ours.check_weights(&theirs).is_err());
+            assert_eq!(ours.check(&theirs), ours.check_weights(&theirs));
+        }
+    }
+
+    #[test]
+    fn class_names_are_parsed_and_unknown_ones_refused() {
+        for class in NumericsClass::ALL {
+            assert_eq!(class.name().parse(), Ok(class));
+        }
+        assert_eq!("int4".parse::<NumericsClass>(), Err(UnknownNumericsClass("int4".into())));
+    }
+}

@@ -16,10 +16,7 @@ pub use cluster::{ClusterView, Member, MemberId, MemberState, Role};
 pub use config::ModelConfig;
 pub use generation::{Generation, ModelHash, NumericsClass};
 pub use ids::{
-    LayerId, LogicalExpert, PageId, PlacementEpoch, Position, SequenceId, ShardIndex, SlotIndex,
-    TokenId,
+    LayerId, LogicalExpert, PageId, PlacementEpoch, Position, SequenceId, ShardIndex, SlotIndex, TokenId,
 };
 pub use placement::{LayerPlacement, Placement, PlacementError};
-pub use sampling::{
-    FinishReason, MAX_LOGPROBS, SamplingParams, SamplingParamsError, StopConditions,
-};
+pub use sampling::{FinishReason, MAX_LOGPROBS, SamplingParams, SamplingParamsError, StopConditions};

@@ -64,6 +64,31 @@ impl Placement {
         self.epoch
     }
 
+    /// The same slots under another epoch.
+    pub fn with_epoch(&self, epoch: PlacementEpoch) -> Self {
+        Self { epoch, ..self.clone() }
+    }
+
+    /// FNV-1a (64 bits) over layers, shards and slots in order, without the epoch: two processes that
+    /// hold the same epoch can tell whether they mean the same placement by it. Never 0.
+    pub fn digest(&self) -> u64 {
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        let mut eat = |value: u16| {
+            for byte in value.to_le_bytes() {
+                hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+            }
+        };
+        for layer in &self.layers {
+            eat(layer.layer.0);
+            for slots in &layer.slots {
+                // Counts fit: `replicas_of` has narrowed every slot index.
+                eat(slots.len() as u16);
+                slots.iter().for_each(|expert| eat(expert.0));
+            }
+        }
+        hash.max(1)
+    }
+
     /// Routed experts per layer.
     pub fn num_experts(&self) -> usize {
         self.num_experts
@@ -86,16 +111,11 @@ impl Placement {
 
     /// The copies of one expert, by ascending shard; empty for a layer or expert that is not placed.
     pub fn replicas(&self, layer: LayerId, expert: LogicalExpert) -> &[Replica] {
-        self.position(layer)
-            .and_then(|at| self.replicas[at].get(expert.index()))
-            .map_or(&[], Vec::as_slice)
+        self.position(layer).and_then(|at| self.replicas[at].get(expert.index())).map_or(&[], Vec::as_slice)
     }
 
     /// What one shard must hold, layer by layer: `(layer, experts by slot)`.
-    pub fn shard_slots(
-        &self,
-        shard: ShardIndex,
-    ) -> impl Iterator<Item = (LayerId, &[LogicalExpert])> {
+    pub fn shard_slots(&self, shard: ShardIndex) -> impl Iterator<Item = (LayerId, &[LogicalExpert])> {
         self.layers.iter().filter_map(move |layer| {
             layer.slots.get(shard.index()).map(|slots| (layer.layer, slots.as_slice()))
         })
@@ -106,17 +126,14 @@ impl Placement {
     }
 }
 
-fn replicas_of(
-    layer: &LayerPlacement,
-    num_experts: usize,
-) -> Result<Vec<Vec<Replica>>, PlacementError> {
+fn replicas_of(layer: &LayerPlacement, num_experts: usize) -> Result<Vec<Vec<Replica>>, PlacementError> {
     let mut replicas = vec![Vec::new(); num_experts];
     for (shard, slots) in layer.slots.iter().enumerate() {
         for (slot, &expert) in slots.iter().enumerate() {
             let shard = ShardIndex(narrow(shard, layer.layer)?);
-            let copies: &mut Vec<Replica> = replicas.get_mut(expert.index()).ok_or(
-                PlacementError::UnknownExpert { layer: layer.layer, expert, num_experts },
-            )?;
+            let copies: &mut Vec<Replica> = replicas
+                .get_mut(expert.index())
+                .ok_or(PlacementError::UnknownExpert { layer: layer.layer, expert, num_experts })?;
             if copies.last().is_some_and(|last| last.shard == shard) {
                 return Err(PlacementError::Duplicate { layer: layer.layer, expert, shard });
             }
@@ -192,3 +209,6 @@ pub enum PlacementError {
         value: usize,
     },
 }
+
+#[cfg(test)]
+mod tests;

@@ -36,7 +36,7 @@ const BYTES: MetricSpec = MetricSpec {
     help: "Payload bytes of frames to shards (out) and of their answers (in).",
     labels: &[Label::OneOf("direction", &["out", "in"])],
 };
-const SHARD_SECONDS: MetricSpec = MetricSpec {
+const SHARD_MICROS: MetricSpec = MetricSpec {
     name: "cadre_dispatch_shard_micros_total",
     kind: MetricKind::Counter,
     help: "Microseconds that frames spent at shards: waiting for their GEMM, and in it.",
@@ -82,7 +82,7 @@ const USABLE: MetricSpec = MetricSpec {
 
 /// Every metric of the dispatch path, for registration and docs/metrics.md.
 pub const CATALOG: &[MetricSpec] =
-    &[ROUND_TRIP, BYTES, SHARD_SECONDS, EVENTS, FRAMES, PAIRS, FAILURES, EJECTIONS, USABLE];
+    &[ROUND_TRIP, BYTES, SHARD_MICROS, EVENTS, FRAMES, PAIRS, FAILURES, EJECTIONS, USABLE];
 
 /// The handles.
 #[derive(Debug)]
@@ -105,7 +105,7 @@ impl DispatchMetrics {
         Ok(Self {
             stats,
             bytes: metrics.counters(&BYTES)?,
-            shard_micros: metrics.counters(&SHARD_SECONDS)?,
+            shard_micros: metrics.counters(&SHARD_MICROS)?,
             events: metrics.counters(&EVENTS)?,
             frames: metrics.counters(&FRAMES)?,
             pairs: metrics.counters(&PAIRS)?,

@@ -12,27 +12,20 @@
 use std::{
     future::Future,
     net::SocketAddr,
-    sync::{
-        Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    sync::{Arc, PoisonError, atomic::Ordering},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, bail};
 use cadre_checkpoint::Checkpoint;
 use cadre_dispatch::{
-    DispatchConfig, DispatchHandle, Dispatcher, ExpertLoadWindow, GrpcConnector, IoThread, LoadReport,
-    Membership, MembershipOptions, membership, tuning,
+    DispatchConfig, DispatchHandle, Dispatcher, ExpertLoadWindow, GrpcConnector, IoThread, Membership, tuning,
 };
-use cadre_engine::{Engine, EngineHandle, EngineParts};
-use cadre_model::{LoadOptions, LoadProgress, Model};
-use cadre_ops::Backend;
-use cadre_ops_cpu::{CpuBackend, CpuOptions};
-use cadre_proto::v1;
+use cadre_engine::{Engine, EngineHandle};
+use cadre_ops_cpu::CpuOptions;
 use cadre_scheduler::SchedulerConfig;
 use cadre_telemetry::{Metrics, Readiness, admin, axum};
-use cadre_types::{ClusterView, Generation, Member, MemberId, MemberState, PlacementEpoch, Role};
+use cadre_types::{ClusterView, Generation, MemberState, PlacementEpoch, Role};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 
 use crate::{
@@ -41,6 +34,12 @@ use crate::{
     options::{BoundAddresses, WorkerOptions, advertised, scheduler_config},
     service::{ServiceOptions, WorkerService},
 };
+
+mod load;
+mod report;
+
+use load::Load;
+use report::{Report, join};
 
 /// Conditions of readiness.
 const WEIGHTS: &str = "weights";
@@ -88,15 +87,6 @@ struct Worker {
     background: Vec<AbortOnDrop>,
     engine: Option<Engine>,
     dispatch: Option<DispatchHandle>,
-}
-
-/// What reports to the coordinator are made of.
-#[derive(Default)]
-struct Report {
-    bytes_read: AtomicU64,
-    bytes_expected: AtomicU64,
-    engine: OnceLock<EngineHandle>,
-    expert_load: Mutex<Option<ExpertLoadWindow>>,
 }
 
 struct AbortOnDrop(JoinHandle<()>);
@@ -293,7 +283,7 @@ impl Worker {
             if let (Some(view), Some(dispatch)) = (views.borrow_and_update().clone(), &self.dispatch) {
                 dispatch.update(Arc::clone(&view));
                 self.readiness.met(PLACEMENT);
-                self.membership.set_epoch(view.placement.epoch());
+                self.membership.set_applied(&view.placement);
             }
             views.changed().await.context("the membership has ended")?;
         }
@@ -303,6 +293,7 @@ impl Worker {
     async fn prove(&self, engine: &EngineHandle) -> Result<()> {
         let mut views = self.membership.views();
         views.wait_for(Option::is_some).await.context("the membership has ended")?;
+        let mut told = Vec::new();
         for nth in 0.. {
             let step = engine.self_test(nth).await.map_err(|error| error.to_string());
             let stepped = step.is_ok();
@@ -310,11 +301,16 @@ impl Worker {
             let view = views.borrow().clone();
             let missing = self.unreached(view.as_deref());
             self.readiness.set(EXPERTS, missing.map_or(Ok(()), Err));
-            if stepped && self.readiness.missing().iter().all(|unmet| unmet.condition == SERVING) {
+            let mut unmet = self.readiness.missing();
+            unmet.retain(|unmet| unmet.condition != SERVING);
+            if stepped && unmet.is_empty() {
                 return Ok(());
             }
-            for unmet in self.readiness.missing() {
-                tracing::info!(condition = unmet.condition, reason = unmet.reason, "not ready yet");
+            if unmet != told {
+                for unmet in &unmet {
+                    tracing::info!(condition = unmet.condition, reason = unmet.reason, "not ready yet");
+                }
+                told = unmet;
             }
             tokio::time::sleep(SELF_TEST_PAUSE).await;
         }
@@ -339,7 +335,7 @@ impl Worker {
         self.health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing).await;
         self.membership.set_state(MemberState::Draining);
         if let Some(engine) = &self.engine {
-            let left = drained(&engine.handle(), drain).await;
+            let left = drained(&engine.handle(), &self.service, drain).await;
             if left > 0 {
                 tracing::warn!(sequences = left, ?drain, "not drained in time; what still runs is ended");
             }
@@ -364,11 +360,11 @@ impl Worker {
     }
 }
 
-/// Waits until the engine has no sequences; returns how many are left after the bound.
-async fn drained(engine: &EngineHandle, bound: Duration) -> u64 {
+/// Waits until the engine has no sequences and no call is open; returns how many are left after the bound.
+async fn drained(engine: &EngineHandle, service: &WorkerService, bound: Duration) -> u64 {
     let deadline = Instant::now() + bound;
     loop {
-        let left = engine.in_flight();
+        let left = engine.in_flight().max(service.open_calls());
         if left == 0 || Instant::now() >= deadline {
             return left;
         }
@@ -378,118 +374,6 @@ async fn drained(engine: &EngineHandle, bound: Duration) -> u64 {
 
 /// Name of the service in gRPC health checks.
 const SERVICE_NAME: &str = "cadre.v1.Worker";
-
-/// Everything that becomes an engine.
-struct Load {
-    checkpoint: Arc<Checkpoint>,
-    cpu: CpuOptions,
-    scheduler: SchedulerConfig,
-    dispatcher: Dispatcher,
-    /// Lives as long as the engine's last step.
-    io: IoThread,
-    timeouts: (Duration, Duration),
-    report: Arc<Report>,
-    metrics: Arc<WorkerMetrics>,
-}
-
-impl Load {
-    fn run(self) -> Result<Engine> {
-        let Self { checkpoint, cpu, scheduler, dispatcher, io, timeouts, report, metrics } = self;
-        let backend = Arc::new(CpuBackend::new(cpu)?);
-        tracing::info!(backend = backend.describe(), "loading weights");
-        let began = Instant::now();
-        let mut told = 0;
-        let mut progress = |progress| note(&report, &metrics, progress, &mut told);
-        let model = Model::load(backend, &checkpoint, &LoadOptions { mtp: false }, &mut progress)
-            .with_context(|| format!("load {}", checkpoint.dir().display()))?;
-        tracing::info!(seconds = began.elapsed().as_secs_f64(), "weights loaded");
-        let (handoff_timeout, handoff_begin_timeout) = timeouts;
-        let exchange = Box::new(OverIo { dispatcher, _io: io });
-        let parts = EngineParts {
-            handoff_timeout,
-            handoff_begin_timeout,
-            on_step: Box::new(metrics.step_observer()),
-            ..EngineParts::new(model, scheduler, exchange)
-        };
-        Engine::spawn(parts).context("start the engine")
-    }
-}
-
-/// Reports loading progress, and logs it at every tenth.
-fn note(report: &Report, metrics: &WorkerMetrics, progress: LoadProgress, told: &mut u64) {
-    let LoadProgress { bytes_read, bytes_expected } = progress;
-    report.bytes_read.store(bytes_read, Ordering::Relaxed);
-    report.bytes_expected.store(bytes_expected, Ordering::Relaxed);
-    metrics.loading(bytes_read, bytes_expected);
-    let tenths = bytes_read * 10 / bytes_expected.max(1);
-    if tenths > *told {
-        *told = tenths;
-        tracing::info!(percent = tenths * 10, bytes_read, bytes_expected, "loading weights");
-    }
-}
-
-/// A dispatcher together with the thread that its links live on.
-struct OverIo {
-    dispatcher: Dispatcher,
-    _io: IoThread,
-}
-
-impl cadre_ops::ExpertExchange for OverIo {
-    fn dispatch(
-        &mut self,
-        batch: cadre_ops::DispatchBatch<'_>,
-    ) -> Result<cadre_ops::ExchangeTicket, cadre_ops::ExchangeError> {
-        self.dispatcher.dispatch(batch)
-    }
-
-    fn combine(
-        &mut self,
-        ticket: cadre_ops::ExchangeTicket,
-        out: &mut cadre_ops::ExpertRows,
-    ) -> Result<(), cadre_ops::ExchangeError> {
-        self.dispatcher.combine(ticket, out)
-    }
-}
-
-fn join(
-    options: &WorkerOptions,
-    role: Role,
-    address: String,
-    generation: Generation,
-    report: &Arc<Report>,
-    metrics: &Arc<WorkerMetrics>,
-) -> Result<Membership> {
-    let born = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let member = Member {
-        // Unique per process life: an address is used by one process at a time.
-        id: MemberId(format!("{role}-{address}-{:x}", born.as_millis())),
-        role,
-        address,
-        state: MemberState::Starting,
-    };
-    let (report, metrics) = (Arc::clone(report), Arc::clone(metrics));
-    let load = move || {
-        let mut window = report.expert_load.lock().unwrap_or_else(PoisonError::into_inner);
-        let expert_load = window.as_mut().map(ExpertLoadWindow::take).unwrap_or_default();
-        metrics.expert_load(&expert_load);
-        let worker = report.engine.get().map(|engine| {
-            let load = engine.stats().load();
-            let narrow = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
-            v1::WorkerLoad {
-                running_sequences: narrow(load.running),
-                waiting_sequences: narrow(load.waiting),
-                free_pages: load.pages_free,
-                total_pages: load.pages_total,
-            }
-        });
-        let loading = v1::LoadProgress {
-            bytes_read: report.bytes_read.load(Ordering::Relaxed),
-            bytes_expected: report.bytes_expected.load(Ordering::Relaxed),
-        };
-        LoadReport { worker, loading: Some(loading), expert_load }
-    };
-    Ok(membership::join(MembershipOptions::new(&options.coordinator), member, generation, load)?)
-}
 
 async fn bind(address: SocketAddr, option: &str) -> Result<(TcpListener, SocketAddr)> {
     let listener =

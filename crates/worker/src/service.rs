@@ -8,7 +8,7 @@
 use std::{
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -52,7 +52,18 @@ struct Shared {
     options: ServiceOptions,
     engine: OnceLock<EngineHandle>,
     draining: AtomicBool,
+    calls: Arc<AtomicU64>,
     peers: peers::Peers,
+}
+
+/// A call that has been accepted and has not ended.
+#[derive(Debug)]
+struct OpenCall(Arc<AtomicU64>);
+
+impl Drop for OpenCall {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl WorkerService {
@@ -62,6 +73,7 @@ impl WorkerService {
             options,
             engine: OnceLock::new(),
             draining: AtomicBool::new(false),
+            calls: Arc::default(),
             peers: peers::Peers::default(),
         };
         Self { shared: Arc::new(shared) }
@@ -76,6 +88,17 @@ impl WorkerService {
     /// Takes no new requests; hand-offs of those it has still arrive.
     pub fn drain(&self) {
         self.shared.draining.store(true, Ordering::Release);
+    }
+
+    /// `Decode` and `Prefill` calls that have not ended: the last token may still be on its way to a slow
+    /// reader, or the last rows to a decode worker, when the engine is done with the sequence.
+    pub fn open_calls(&self) -> u64 {
+        self.shared.calls.load(Ordering::Acquire)
+    }
+
+    fn open_call(&self) -> OpenCall {
+        self.shared.calls.fetch_add(1, Ordering::AcqRel);
+        OpenCall(Arc::clone(&self.shared.calls))
     }
 
     /// As a tonic service, with its message limits.

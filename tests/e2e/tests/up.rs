@@ -9,7 +9,7 @@ use std::{
 use cadre_e2e::{
     Cluster,
     binary::{cadre, pocket, root},
-    checkpoints, golden, grpc, process,
+    checkpoints, golden, grpc, process, wait,
 };
 use serde_json::json;
 
@@ -75,6 +75,19 @@ async fn ctrl_c_lets_requests_finish_and_leaves_no_process() {
     assert_eq!(cluster.pids().len(), 6, "up, router, prefill, decode and two shards were seen");
     cluster.all_gone();
     assert!(!cluster.log().contains("killed"), "{}", cluster.log());
+}
+
+#[test]
+fn a_second_ctrl_c_stops_at_once() {
+    let mut cluster = Cluster::start(&["--experts=2"]);
+    // It cannot drain.
+    cluster.signal("expert 1", "STOP");
+    process::signal(cluster.up_pid(), "INT");
+    wait::until("the drain begins", || cluster.log().contains("stopping (SIGINT)").then_some(()));
+    process::signal(cluster.up_pid(), "INT");
+    cluster.wait();
+    assert!(cluster.log().contains("stopping at once"), "{}", cluster.log());
+    cluster.all_gone();
 }
 
 #[test]

@@ -108,17 +108,18 @@ impl Cluster {
         Self { layout: Arc::new(layout), executable, members, events, sender }
     }
 
-    /// Starts the router and, once its coordinator listens, everything else.
-    pub(crate) async fn start(&mut self) -> Result<()> {
+    /// Starts the router and, once its coordinator listens, everything else. Returns the news of the router.
+    pub(crate) async fn start(&mut self) -> Result<Change> {
         self.spawn(|tier| tier == Tier::Router, None);
-        let coordinator = match self.changed().await {
+        let change = self.changed().await;
+        let coordinator = match &change {
             Change::Bound { bound, .. } => {
-                bound.coordinator.context("the router announced no coordinator")?
+                bound.coordinator.clone().context("the router announced no coordinator")?
             }
             Change::Ended { name, status, .. } => bail!("{name} ended ({status}) before it listened"),
         };
         self.spawn(|tier| tier != Tier::Router, Some(&coordinator));
-        Ok(())
+        Ok(change)
     }
 
     fn spawn(&mut self, wanted: impl Fn(Tier) -> bool, coordinator: Option<&str>) {
@@ -192,6 +193,13 @@ impl Cluster {
             .iter()
             .find(|member| member.process.tier == Tier::Router)
             .and_then(|member| member.bound.as_ref().map(|(_, bound)| bound))
+    }
+
+    /// Tells every process at once to drain, and none to be restarted.
+    pub(crate) fn release(&self) {
+        for member in &self.members {
+            member.wish.send_replace(Wish::Drain);
+        }
     }
 
     /// Drains router, workers and shards in this order, each tier within `bound`, and kills what is left.

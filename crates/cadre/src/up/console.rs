@@ -5,7 +5,7 @@
 
 use std::{
     collections::BTreeSet,
-    io::{self, IsTerminal, Write},
+    io::{self, IsTerminal},
     time::Duration,
 };
 
@@ -13,6 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::cluster::{Change, Cluster};
+use crate::output;
 
 /// Who reads standard output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -31,6 +32,7 @@ pub(crate) struct Console {
     /// What is served.
     model: String,
     progress: ProgressBar,
+    was_ready: bool,
     seen_ready: BTreeSet<String>,
 }
 
@@ -41,7 +43,7 @@ impl Console {
         if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} ready  {wide_msg}") {
             progress.set_style(style);
         }
-        Self { output, quiet, model, progress, seen_ready: BTreeSet::new() }
+        Self { output, quiet, model, progress, was_ready: false, seen_ready: BTreeSet::new() }
     }
 
     /// Weights load and peers connect.
@@ -57,13 +59,19 @@ impl Console {
         }
         for member in members.iter().filter(|member| member.missing.is_none()) {
             if self.seen_ready.insert(member.name().to_owned()) {
-                eprintln!("{} is ready ({}/{})", member.name(), self.seen_ready.len(), members.len());
+                output::note(&format!(
+                    "{} is ready ({}/{})",
+                    member.name(),
+                    self.seen_ready.len(),
+                    members.len()
+                ));
             }
         }
     }
 
     /// Everything runs.
-    pub(crate) fn ready(&self, cluster: &Cluster, took: Duration) {
+    pub(crate) fn ready(&mut self, cluster: &Cluster, took: Duration) {
+        self.was_ready = true;
         self.progress.finish_and_clear();
         let Some(router) = cluster.router() else { return };
         let http = router.http.as_deref().unwrap_or("-");
@@ -84,6 +92,11 @@ impl Console {
         }
     }
 
+    /// Whether the cluster was ever ready.
+    pub(crate) fn was_ready(&self) -> bool {
+        self.was_ready
+    }
+
     /// A process came or went.
     pub(crate) fn change(&self, change: &Change, starting: bool) {
         if self.output == Output::Json {
@@ -97,10 +110,16 @@ impl Console {
             });
         }
         match change {
-            Change::Bound { name, pid, .. } if !starting => eprintln!("{name} runs again (process {pid})"),
+            Change::Bound { name, pid, .. } if !starting => {
+                output::note(&format!("{name} runs again (process {pid})"));
+            }
             Change::Bound { .. } => {}
+            Change::Ended { name, status, .. } if starting => {
+                output::note(&format!("{name} ended ({status})"))
+            }
             Change::Ended { name, status, restart_in } => {
-                eprintln!("{name} ended ({status}); restarting in {:.2} s", restart_in.as_secs_f64());
+                let pause = restart_in.as_secs_f64();
+                output::note(&format!("{name} ended ({status}); restarting in {pause:.2} s"));
             }
         }
     }
@@ -108,13 +127,18 @@ impl Console {
     /// The drain begins.
     pub(crate) fn stopping(&self, reason: &str) {
         self.progress.finish_and_clear();
-        eprintln!("stopping ({reason}): requests in flight finish first");
+        output::note(&format!("stopping ({reason}): requests in flight finish first"));
+    }
+
+    /// The drain was cut short.
+    pub(crate) fn hurried(&self, reason: &str) {
+        output::note(&format!("stopping at once (second {reason})"));
     }
 
     /// The drain is over.
     pub(crate) fn stopped(&self, killed: &[String]) {
         if !killed.is_empty() {
-            eprintln!("killed, because they did not drain in time: {}", killed.join(", "));
+            output::note(&format!("killed, because they did not drain in time: {}", killed.join(", ")));
         }
     }
 
@@ -122,13 +146,11 @@ impl Console {
         self.line(&event.to_string());
     }
 
-    /// A reader that went away is no reason to stop serving.
     fn line(&self, line: &str) {
-        let _ = if self.quiet {
-            writeln!(io::stderr(), "{line}")
+        if self.quiet {
+            output::note(line);
         } else {
-            let mut out = io::stdout().lock();
-            writeln!(out, "{line}").and_then(|()| out.flush())
-        };
+            output::line(line);
+        }
     }
 }

@@ -27,6 +27,8 @@ pub(crate) struct Layout {
     pub(crate) http: String,
     /// Log filter of every role.
     pub(crate) log: String,
+    /// How long each role may take to finish its requests, in seconds.
+    pub(crate) drain_seconds: u64,
     /// Flags handed to one tier as they are.
     pub(crate) extra: Extra,
 }
@@ -145,6 +147,7 @@ impl Layout {
         let mut args = words([role, "--exit-on-stdin-close", "--model"]);
         args.push(self.model.clone().into());
         args.extend(words(["--numerics", &self.numerics, "--log", &self.log, "--admin", EPHEMERAL]));
+        args.extend(words(["--drain-timeout", &self.drain_seconds.to_string()]));
         args
     }
 
@@ -193,6 +196,7 @@ mod tests {
             grpc: "127.0.0.1:50051".into(),
             http: "127.0.0.1:8000".into(),
             log: "warn".into(),
+            drain_seconds: 10,
             extra: Extra::default(),
         }
     }

@@ -1,6 +1,9 @@
 //! The dispatcher's links: one per shard of the placement in force, with what is believed of each.
 
-use std::{sync::Arc, time::{Duration, Instant}};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use cadre_types::{ClusterView, LayerId, LogicalExpert, MemberState, PlacementEpoch, ShardIndex};
 
@@ -77,10 +80,7 @@ impl Links {
     }
 
     pub(super) fn stats(&self, shard: ShardIndex) -> Arc<ShardStats> {
-        self.shard_stats
-            .get(shard.index())
-            .cloned()
-            .unwrap_or_else(|| self.stats.shard(shard))
+        self.shard_stats.get(shard.index()).cloned().unwrap_or_else(|| self.stats.shard(shard))
     }
 
     fn grow(&mut self, shards: usize) {
@@ -206,6 +206,10 @@ impl Links {
             add(&stats.ejections, 1);
             self.publish();
         }
+    }
+
+    pub(super) fn any_ejected(&self) -> bool {
+        !self.health.iter().all(ShardHealth::admitted)
     }
 
     /// Shards whose probe is due; each is now being probed.

@@ -95,14 +95,7 @@ impl Dispatcher {
     }
 
     /// Takes the frame's shard out and plans its pairs again.
-    fn fail_frame(
-        &mut self,
-        step: &mut Step,
-        sequence: u64,
-        failure: Failure,
-        what: String,
-        now: Instant,
-    ) {
+    fn fail_frame(&mut self, step: &mut Step, sequence: u64, failure: Failure, what: String, now: Instant) {
         let Some(frame) = step.frame_mut(sequence) else { return };
         let was_waiting = frame.progress == Progress::Waiting;
         self.links.release(frame);

@@ -37,12 +37,7 @@ pub(super) struct InFlight {
 }
 
 impl InFlight {
-    pub(super) fn new(
-        shard: ShardIndex,
-        frame: DispatchFrame,
-        targets: Vec<u32>,
-        sent: Instant,
-    ) -> Self {
+    pub(super) fn new(shard: ShardIndex, frame: DispatchFrame, targets: Vec<u32>, sent: Instant) -> Self {
         let outstanding = targets.len();
         Self { shard, frame, targets, outstanding, sent, progress: Progress::Waiting }
     }
@@ -184,8 +179,7 @@ impl Step {
 
     /// Whether every row has arrived.
     pub(super) fn is_done(&self) -> bool {
-        self.stranded.is_empty()
-            && self.frames.iter().all(|frame| frame.progress != Progress::Waiting)
+        self.stranded.is_empty() && self.frames.iter().all(|frame| frame.progress != Progress::Waiting)
     }
 
     /// Takes a frame's rows.

@@ -66,7 +66,8 @@ fn generations_are_told_apart() {
 
 #[test]
 fn sizes_and_indices_that_do_not_fit_are_malformed() {
-    let cases: [(&str, fn(&mut DispatchFrame)); 9] = [
+    type Change = fn(&mut DispatchFrame);
+    let cases: [(&str, Change); 9] = [
         ("rows are Bf16", |frame| frame.format = RowFormat::Bf16),
         ("259 activation bytes", |frame| frame.data.truncate(259)),
         ("12 scale bytes", |frame| frame.scales.truncate(12)),

@@ -3,8 +3,7 @@
 use std::net::SocketAddr;
 
 use cadre_types::{
-    LayerId, LayerPlacement, LogicalExpert, MemberId, ModelHash, NumericsClass, Placement, Role,
-    ShardIndex,
+    LayerId, LayerPlacement, LogicalExpert, MemberId, ModelHash, NumericsClass, Placement, Role, ShardIndex,
 };
 use tokio::net::TcpListener;
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
@@ -57,8 +56,7 @@ async fn serve(address: &str, refuse: bool) -> Server {
     let listener = TcpListener::bind(address).await.unwrap();
     let address = listener.local_addr().unwrap();
     let (tx, sessions) = mpsc::channel(4);
-    let service =
-        v1::coordinator_server::CoordinatorServer::new(Scripted { sessions: tx, refuse });
+    let service = v1::coordinator_server::CoordinatorServer::new(Scripted { sessions: tx, refuse });
     let task = tokio::spawn(async move {
         let serving = tuning::server().add_service(service);
         serving.serve_with_incoming(tuning::incoming(listener)).await.unwrap();
@@ -119,8 +117,11 @@ async fn registers_receives_views_and_reports_changes_at_once() {
     session.views.send(Ok(view(4, 7))).await.unwrap();
     views.wait_for(|view| view.as_ref().is_some_and(|view| view.generation.epoch.0 == 4)).await.unwrap();
 
-    membership.set_epoch(PlacementEpoch(4));
-    assert_eq!(session.report().await.generation.unwrap().epoch, 4);
+    let placement = views.borrow().as_ref().unwrap().placement.clone();
+    membership.set_applied(&placement);
+    let applied = session.report().await;
+    assert_eq!(applied.placement_digest, placement.digest());
+    assert_eq!(applied.generation.unwrap().epoch, placement.epoch().0);
     membership.set_state(MemberState::Ready);
     let ready = session.report().await;
     assert_eq!(ready.member.unwrap().state(), v1::MemberState::Ready);

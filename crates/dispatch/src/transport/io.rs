@@ -12,7 +12,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     task::Poll,
     thread::{self, Thread},
@@ -55,7 +55,8 @@ struct Shared {
     driving: AtomicBool,
     /// Other threads that drive.
     guests: AtomicUsize,
-    last_guest: Mutex<Instant>,
+    /// Times that a guest has driven: unchanged over [`LINGER`], the I/O thread takes over.
+    visits: AtomicU64,
     /// The I/O thread should take over without waiting for [`LINGER`].
     wanted: AtomicBool,
     stopped: AtomicBool,
@@ -80,7 +81,7 @@ impl IoThread {
             give_way: Notify::new(),
             driving: AtomicBool::new(true),
             guests: AtomicUsize::new(0),
-            last_guest: Mutex::new(Instant::now()),
+            visits: AtomicU64::new(0),
             wanted: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
         });
@@ -126,16 +127,24 @@ impl Shared {
             // A guest that came in between has seen `driving` and asked, which is remembered here.
             self.runtime().block_on(self.give_way.notified());
             self.driving.store(false, Ordering::SeqCst);
-            while !self.stopped.load(Ordering::Acquire) && !self.should_drive() {
-                thread::park_timeout(LINGER);
-            }
+            self.stay_away();
         }
     }
 
-    fn should_drive(&self) -> bool {
-        self.guests.load(Ordering::SeqCst) == 0
-            && (self.wanted.swap(false, Ordering::AcqRel)
-                || self.last_guest.lock().elapsed() >= LINGER)
+    /// Waits until guests have been away for [`LINGER`] or want the thread back.
+    fn stay_away(&self) {
+        let (mut seen, mut since) = (self.visits.load(Ordering::Acquire), Instant::now());
+        while !self.stopped.load(Ordering::Acquire) {
+            thread::park_timeout(LINGER);
+            let visits = self.visits.load(Ordering::Acquire);
+            let away = self.guests.load(Ordering::SeqCst) == 0;
+            if !away || visits != seen {
+                (seen, since) = (visits, Instant::now());
+            }
+            if away && (self.wanted.swap(false, Ordering::AcqRel) || since.elapsed() >= LINGER) {
+                return;
+            }
+        }
     }
 
     fn unpark(&self) {
@@ -155,7 +164,7 @@ impl Shared {
         }
         // If the thread has not given way yet, the future is still polled here and completes there.
         let output = self.runtime().block_on(future);
-        *self.last_guest.lock() = Instant::now();
+        self.visits.fetch_add(1, Ordering::Release);
         self.guests.fetch_sub(1, Ordering::SeqCst);
         Some(output)
     }

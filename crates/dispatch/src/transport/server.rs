@@ -66,11 +66,8 @@ impl v1::expert_server::Expert for ExpertServer {
         // Refusals of frames beyond the bound also pass this channel, one per frame read: the reader waits
         // for room before it reads on, so twice the bound is never exceeded.
         let (answers, outgoing) = mpsc::channel(2 * MAX_STREAM_FRAMES);
-        let sink = Arc::new(StreamSink {
-            answers,
-            inside: AtomicUsize::new(0),
-            ended: AtomicBool::new(false),
-        });
+        let sink =
+            Arc::new(StreamSink { answers, inside: AtomicUsize::new(0), ended: AtomicBool::new(false) });
         tokio::spawn(read(self.service.clone(), request.into_inner(), sink));
         Ok(Response::new(Answers { outgoing }))
     }

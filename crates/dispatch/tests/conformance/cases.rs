@@ -104,12 +104,8 @@ pub(crate) fn copies_share_the_work<R: Rig>() {
 }
 
 pub(crate) fn retryable_refusals_go_to_the_other_copy<R: Rig>() {
-    for code in [
-        RefusalCode::Overloaded,
-        RefusalCode::Unavailable,
-        RefusalCode::Internal,
-        RefusalCode::Epoch,
-    ] {
+    for code in [RefusalCode::Overloaded, RefusalCode::Unavailable, RefusalCode::Internal, RefusalCode::Epoch]
+    {
         let cluster = two_copies::<R>();
         let mut dispatcher = cluster.dispatcher(patient());
         let stats = dispatcher.handle().stats();
@@ -210,9 +206,7 @@ fn returns<R: Rig>(same_address: bool) {
     thread::scope(|scope| {
         let stats = handle.stats();
         let waiting = scope.spawn(|| batch.run(&mut dispatcher));
-        until("the shard is missed", || {
-            stats.shard(ShardIndex(1)).usable.load(Ordering::Relaxed) == 0
-        });
+        until("the shard is missed", || stats.shard(ShardIndex(1)).usable.load(Ordering::Relaxed) == 0);
         cluster.restart(1, same_address);
         if !same_address || R::TOLD_BY_VIEWS {
             cluster.publish(&handle);

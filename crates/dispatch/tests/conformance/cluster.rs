@@ -131,9 +131,8 @@ impl Batch {
         let bytes = |len: usize| (0..len).map(|at| (at * 31 % 251) as u8 ^ salt).collect();
         let topk_idx = (0..tokens)
             .flat_map(|token| {
-                let mut chosen: Vec<u16> = (0..top_k as u16)
-                    .map(|choice| (choice + token as u16 + u16::from(salt)) % 4)
-                    .collect();
+                let mut chosen: Vec<u16> =
+                    (0..top_k as u16).map(|choice| (choice + token as u16 + u16::from(salt)) % 4).collect();
                 chosen.sort_unstable();
                 chosen
             })

@@ -3,9 +3,7 @@
 
 use std::{net::TcpListener, sync::Arc};
 
-use cadre_dispatch::{
-    Connect, ExpertServer, GrpcConnector, IoThread, LocalConnector, ShardService, tuning,
-};
+use cadre_dispatch::{Connect, ExpertServer, GrpcConnector, IoThread, LocalConnector, ShardService, tuning};
 use cadre_types::ShardIndex;
 use tokio::runtime::Runtime;
 
@@ -40,8 +38,7 @@ impl Rig for LocalRig {
     }
 
     fn start(&mut self, shard: ShardIndex, service: Arc<Scripted>, address: Option<String>) -> String {
-        let address =
-            address.unwrap_or_else(|| format!("{}-{}", shard_name(shard), self.started.len()));
+        let address = address.unwrap_or_else(|| format!("{}-{}", shard_name(shard), self.started.len()));
         self.connector.register(address.clone(), service.clone() as Arc<dyn ShardService>);
         self.started.push((shard, address.clone(), service));
         address

@@ -61,8 +61,7 @@ pub(crate) struct Scripted {
 
 impl Scripted {
     pub(crate) fn new(contract: ShardContract, placement: Arc<Placement>) -> Arc<Self> {
-        let state =
-            State { mode: Mode::Compute, contract, placement, held: VecDeque::new(), frames: 0 };
+        let state = State { mode: Mode::Compute, contract, placement, held: VecDeque::new(), frames: 0 };
         Arc::new(Self { state: Mutex::new(state), changed: Condvar::new() })
     }
 

@@ -132,22 +132,32 @@ impl<B: Backend> StepLoop<B> {
     fn fail_step(&mut self, plan: &StepPlan, error: ModelError) {
         add(&self.stats.failed_steps, 1);
         tracing::warn!(%error, rows = plan.rows(), "step failed");
-        let culprit = match &error {
-            ModelError::Backend { source: OpsError::NanGate { row, .. }, .. } => Some(*row),
-            _ => None,
-        };
+        let blamed = blamed(plan, &error);
         let source = Arc::new(error);
-        let decode = plan.decode.iter().map(|row| (row.id, row.position, 1));
-        let prefill = plan.prefill.iter().map(|chunk| (chunk.id, chunk.first_position, chunk.len));
-        let mut first_row = 0;
-        for (id, position, rows) in decode.chain(prefill) {
-            let mine = first_row..first_row + rows;
-            first_row += rows;
-            if culprit.is_none_or(|row| mine.contains(&row)) {
-                self.fail(id, EngineError::Step { position, source: Arc::clone(&source) });
-            }
+        for (id, position) in blamed {
+            self.fail(id, EngineError::Step { position, source: Arc::clone(&source) });
         }
     }
+}
+
+/// The sequences that a failed step is the end of, with their first positions in it.
+fn blamed(plan: &StepPlan, error: &ModelError) -> Vec<(SequenceId, Position)> {
+    let culprit = match error {
+        ModelError::Backend { source: OpsError::NanGate { row, .. }, .. } => Some(*row),
+        _ => None,
+    };
+    let decode = plan.decode.iter().map(|row| (row.id, row.position, 1));
+    let prefill = plan.prefill.iter().map(|chunk| (chunk.id, chunk.first_position, chunk.len));
+    let mut next_row = 0;
+    let mut blamed = Vec::new();
+    for (id, position, rows) in decode.chain(prefill) {
+        let mine = next_row..next_row + rows;
+        next_row = mine.end;
+        if culprit.is_none_or(|row| mine.contains(&row)) {
+            blamed.push((id, position));
+        }
+    }
+    blamed
 }
 
 /// The plan in the model's terms: decode rows, then chunks.
@@ -177,4 +187,43 @@ fn planned(scheduler: &Scheduler, id: SequenceId) -> &Sequence {
     scheduler
         .sequence(id)
         .expect("the plan names this scheduler's sequences, and none ends between plan and use")
+}
+
+#[cfg(test)]
+mod tests {
+    use cadre_scheduler::{DecodeStep, PrefillChunk};
+    use cadre_types::LayerId;
+
+    use super::*;
+
+    fn plan() -> StepPlan {
+        let row = |id, position| DecodeStep { id: SequenceId(id), token: 1, position };
+        let chunk =
+            |id, first_position, len| PrefillChunk { id: SequenceId(id), first_position, len, last: false };
+        StepPlan {
+            decode: vec![row(1, 40), row(2, 50)],
+            prefill: vec![chunk(3, 64, 5), chunk(4, 0, 2)],
+            ..StepPlan::default()
+        }
+    }
+
+    fn nan_in(row: usize) -> ModelError {
+        let source = OpsError::NanGate { row, expert: 0 };
+        ModelError::Backend { layer: LayerId(1), operation: "gate", source }
+    }
+
+    #[test]
+    fn a_nan_is_blamed_on_the_sequence_of_its_row() {
+        // Rows: 0 and 1 decode, 2 to 6 the first chunk, 7 and 8 the second.
+        for (row, id, position) in [(0, 1, 40), (1, 2, 50), (2, 3, 64), (6, 3, 64), (7, 4, 0), (8, 4, 0)] {
+            assert_eq!(blamed(&plan(), &nan_in(row)), [(SequenceId(id), position)], "row {row}");
+        }
+    }
+
+    #[test]
+    fn any_other_failure_is_everybodys() {
+        let error = ModelError::TooManyRows { rows: 9, capacity: 8 };
+        let ids: Vec<_> = blamed(&plan(), &error).into_iter().map(|(id, _)| id.0).collect();
+        assert_eq!(ids, [1, 2, 3, 4]);
+    }
 }

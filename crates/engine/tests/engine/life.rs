@@ -110,7 +110,10 @@ async fn what_never_fits_and_what_is_taken_fail_at_once() {
     let first = handle.submit(waits.clone()).unwrap();
     let second = outcome(handle.submit(waits).unwrap()).await.failed();
     assert!(matches!(&second, EngineError::Duplicate { request_id } if request_id == "twin"), "{second}");
+    // A name is free again as soon as its stream is dropped.
     drop(first);
+    let again = outcome(handle.submit(request("twin", prompt(1, 10), 3)).unwrap()).await;
+    assert_eq!(again.tokens.len(), 3);
     wait_empty(&handle).await;
 }
 

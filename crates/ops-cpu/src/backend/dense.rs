@@ -214,8 +214,10 @@ pub(super) fn gate(
     unsafe { backend.run_product(&product, weight, rows) };
     topk_idx.clear();
     topk_weights.clear();
-    for (row, logits) in logits.chunks_exact(shape.experts).enumerate() {
-        queue.chooser.choose(logits, &bias.0, shape, row, topk_idx, topk_weights)?;
+    // SAFETY: all of `logits`.
+    unsafe { (backend.kernels.sigmoid)(logits.as_mut_ptr(), logits.len()) };
+    for (row, scores) in logits.chunks_exact(shape.experts).enumerate() {
+        queue.chooser.choose_scored(scores, &bias.0, shape, row, topk_idx, topk_weights)?;
     }
     Ok(())
 }

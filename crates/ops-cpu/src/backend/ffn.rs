@@ -2,6 +2,8 @@
 //! activation; down. A task is one group's rows times a few panels, so that a decode step with many experts
 //! of one row each is split as well as one matrix with many rows.
 
+use std::ops::Range;
+
 use cadre_numerics::{BLOCK, quant};
 use cadre_ops::{Ffn, OpsError, RowGroup, check};
 
@@ -124,6 +126,9 @@ fn gate_up_chunk(backend: &CpuBackend, groups: &[RowGroup], experts: &[&Ffn<Weig
     chunk_of(backend, groups, panels, unit)
 }
 
+/// Computes some panels of a share's rows.
+type Part<'f, 'a> = dyn Fn(&Share<'a>, Range<usize>, Range<usize>) + Sync + 'f;
+
 /// One region: calls `f(share, panels, rows)` for every group and chunk of its matrix's panels.
 fn run<'a>(
     backend: &CpuBackend,
@@ -131,7 +136,7 @@ fn run<'a>(
     groups: &[RowGroup],
     chunk: usize,
     matrix: impl Fn(&'a Ffn<Weight>) -> &'a Weight + Sync,
-    f: &(dyn Fn(&Share<'a>, std::ops::Range<usize>, std::ops::Range<usize>) + Sync),
+    f: &Part<'_, 'a>,
 ) {
     let mut shares: Vec<Share<'a>> = Vec::with_capacity(groups.len());
     let (mut tasks, mut cost) = (0, 0);

@@ -48,18 +48,20 @@ pub(super) fn download_rows(
             let blocks = quant::blocks(cols);
             let values = queue.codes.floats(op, cols)?;
             let row_scales = queue.code_scales.floats(op, blocks)?;
+            data.resize(rows * cols, 0);
             for row in 0..rows {
-                if let Some((codes, own)) = x.coded(row) {
-                    data.extend_from_slice(codes);
+                let codes = &mut data[row * cols..(row + 1) * cols];
+                if let Some((arrived, own)) = x.coded(row) {
+                    codes.copy_from_slice(arrived);
                     scales.extend(own.iter().flat_map(|s| s.to_le_bytes()));
                     continue;
                 }
                 let (to, to_scales) = (values.as_mut_ptr(), row_scales.as_mut_ptr());
-                // SAFETY: the row and `values` hold `cols`, `row_scales` one per block.
+                // SAFETY: the row, `values` and `codes` hold `cols` elements, `row_scales` one per block.
                 unsafe {
                     (backend.kernels.quantise)(x.row(row).as_ptr(), cols, to, to_scales);
+                    (backend.kernels.encode_e4m3)(to, cols, codes.as_mut_ptr());
                 }
-                data.extend(values.iter().map(|v| e4m3::encode(*v)));
                 scales.extend(row_scales.iter().flat_map(|s| s.to_le_bytes()));
             }
         }

@@ -86,6 +86,52 @@ pub(crate) unsafe fn quantise<V: Lanes>(x: *const f32, cols: usize, y: *mut f32,
     }
 }
 
+/// Codes of values that are e4m3 already, as `cadre_numerics::e4m3::encode`. Written in scalar form without
+/// branches for the compiler to make vectors of.
+///
+/// # Safety
+/// The machine has `V`'s instruction set; `from` holds `cols` values, `to` as many codes and is not shared.
+#[inline(always)]
+pub(crate) unsafe fn encode_e4m3<V: Lanes>(from: *const f32, cols: usize, to: *mut u8) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        for i in 0..cols {
+            let bits = (*from.add(i)).to_bits();
+            let magnitude = bits & 0x7FFF_FFFF;
+            let normal = (magnitude >> 20).wrapping_sub(120 << 3);
+            // Below 2^-6 in steps of 2^-9: adding 2^14, whose last place that is, leaves the step count in
+            // the low bits.
+            let subnormal = (f32::from_bits(magnitude) + 16384.0).to_bits() & 7;
+            let code = if magnitude < 0x3C80_0000 { subnormal } else { normal };
+            let code = if magnitude > 0x7F80_0000 { 0x7F } else { code };
+            *to.add(i) = (code | (bits >> 24) & 0x80) as u8;
+        }
+    }
+}
+
+/// Sigmoid of one row in place, as `cadre_numerics::exp::sigmoid`.
+///
+/// # Safety
+/// The machine has `V`'s instruction set; `x` holds `cols` values and is not shared.
+#[inline(always)]
+pub(crate) unsafe fn sigmoid<V: Lanes>(x: *mut f32, cols: usize) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let one = V::splat(1.0);
+        let of = |v: V| one.div(one.add(V::splat(0.0).sub(v).exp()));
+        let whole = cols / LANES * LANES;
+        for i in (0..whole).step_by(LANES) {
+            of(V::load(x.add(i))).store(x.add(i));
+        }
+        if whole < cols {
+            let mut tail = [0.0_f32; LANES];
+            std::ptr::copy_nonoverlapping(x.add(whole), tail.as_mut_ptr(), cols - whole);
+            of(V::load(tail.as_ptr())).store(tail.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(tail.as_ptr(), x.add(whole), cols - whole);
+        }
+    }
+}
+
 /// Rotates the pairs of one rotary part in place; `table` holds (cos, sin) per pair. Pairs are neighbours, so
 /// this is written in scalar form and left to the compiler.
 ///

@@ -47,6 +47,10 @@ fn inputs() -> Vec<f32> {
     values
 }
 
+/// A vector operation's result and its scalar form.
+type Unary<V> = (&'static str, V, fn(f32) -> f32);
+type Binary<V> = (&'static str, V, fn(f32, f32) -> f32);
+
 fn same(name: &str, got: f32, expected: f32) {
     let equal = got.to_bits() == expected.to_bits() || (got.is_nan() && expected.is_nan());
     assert!(equal, "{name}: {got:?} is not {expected:?}");
@@ -68,7 +72,7 @@ unsafe fn all<V: Lanes>() {
             let y = &values[(at * 7 + 3) * LANES % values.len()..][..LANES];
             let z = &values[(at * 5 + 1) * LANES % values.len()..][..LANES];
             let (a, b, c) = (V::load(x.as_ptr()), V::load(y.as_ptr()), V::load(z.as_ptr()));
-            let unary: [(&str, V, fn(f32) -> f32); 6] = [
+            let unary: [Unary<V>; 6] = [
                 ("exp", a.exp(), exp::exp),
                 ("silu", a.silu(), exp::silu),
                 ("bf16", a.round_bf16(), bf16::round),
@@ -81,7 +85,7 @@ unsafe fn all<V: Lanes>() {
                     same(&format!("{name}({x})"), *got, expected(*x));
                 }
             }
-            let binary: [(&str, V, fn(f32, f32) -> f32); 5] = [
+            let binary: [Binary<V>; 5] = [
                 ("add", a.add(b), |a, b| a + b),
                 ("sub", a.sub(b), |a, b| a - b),
                 ("mul", a.mul(b), |a, b| a * b),

@@ -369,6 +369,31 @@ fn linear_agrees_with_an_independent_gemm() {
     }
 }
 
+/// Inputs beyond what kernels can grow by a power of two, beside ordinary blocks and rows.
+#[test]
+fn huge_and_tiny_inputs_equal_the_reference() {
+    for class in NumericsClass::ALL {
+        for dtype in DTYPES {
+            for rows in [1, 2, 5, 9] {
+                let stream = &mut Stream::new(77);
+                let (n, k) = (70, 300);
+                let weight = Matrix::new(stream, dtype, n, k);
+                let mut x = stream.values(rows * k);
+                for (i, x) in x.iter_mut().enumerate() {
+                    match (i / k % 2, i % k / 128) {
+                        (0, 0) => *x *= 1e6,
+                        (0, 1) => *x *= 1e-38,
+                        (1, 2) => *x *= 1e25,
+                        _ => {}
+                    }
+                }
+                x[0] = 32768.0;
+                compare(class, n, Linear { x, rows, weight, coded: false });
+            }
+        }
+    }
+}
+
 /// Codes that arrive give the bits that quantising here gives, also after a gather.
 #[test]
 fn arrived_codes_equal_local_quantisation() {

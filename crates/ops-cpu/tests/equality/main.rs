@@ -17,7 +17,7 @@ use cadre_types::NumericsClass;
 pub(crate) fn backends(class: NumericsClass) -> &'static [CpuBackend] {
     static BACKENDS: OnceLock<Vec<Vec<CpuBackend>>> = OnceLock::new();
     let all = BACKENDS.get_or_init(|| {
-        NumericsClass::ALL.map(|class| available().map(|isa| of_isa(class, isa)).flatten().collect()).into()
+        NumericsClass::ALL.map(|class| available().flat_map(|isa| of_isa(class, isa)).collect()).into()
     });
     let index = NumericsClass::ALL.iter().position(|c| *c == class).unwrap();
     &all[index]

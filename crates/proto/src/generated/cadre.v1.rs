@@ -1878,6 +1878,10 @@ pub struct Report {
     /// Workers: tokens routed per (layer, expert) since the last report.
     #[prost(message, repeated, tag = "5")]
     pub expert_load: ::prost::alloc::vec::Vec<LayerLoad>,
+    /// Digest of the placement that the member has applied (which slots hold which experts, without the
+    /// epoch); 0 before the first. A restarted coordinator keeps an epoch only for the same placement.
+    #[prost(fixed64, tag = "6")]
+    pub placement_digest: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WorkerLoad {

@@ -17,6 +17,8 @@ pub(super) struct MemberReport {
     pub(super) member: Member,
     /// Weights and numerics, and the epoch that the member has applied (0 before the first).
     pub(super) generation: Generation,
+    /// Digest of the placement that the member has applied (0 before the first).
+    pub(super) placement_digest: u64,
     pub(super) load: WorkerLoad,
     pub(super) loading: Option<Loading>,
     /// Tokens per expert since the last report, by layer.
@@ -57,6 +59,7 @@ impl TryFrom<v1::Report> for MemberReport {
         Ok(Self {
             member,
             generation,
+            placement_digest: wire.placement_digest,
             load: wire.worker.map_or_else(WorkerLoad::default, |load| WorkerLoad {
                 running_sequences: load.running_sequences,
                 waiting_sequences: load.waiting_sequences,

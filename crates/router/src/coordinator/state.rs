@@ -166,7 +166,7 @@ impl State {
         self.connections += 1;
         self.reports += 1;
         let connection = ConnectionId(self.connections);
-        self.adopt(report.generation.epoch);
+        self.adopt(&report);
         let registered = Registered {
             connection,
             member: report.member.clone(),
@@ -193,7 +193,7 @@ impl State {
         let known = known.ok_or(Refusal::Gone)?;
         unchanged(&known.member, &report.member)?;
         self.count(now, &report)?;
-        let adopted = self.adopt(report.generation.epoch);
+        let adopted = self.adopt(&report);
         self.reports += 1;
         let known = self.members.get_mut(&id).ok_or(Refusal::Gone)?;
         let new_state = known.member.state != report.member.state;
@@ -288,18 +288,21 @@ impl State {
             .map_err(|mismatch| Refusal::Load { id: report.member.id.clone(), mismatch })
     }
 
-    /// Takes over a larger epoch that a member has applied, with the same placement (module header of
-    /// [`super`]).
-    fn adopt(&mut self, applied: PlacementEpoch) -> bool {
-        if applied <= self.generation.epoch {
-            return false;
-        }
-        let layers = self.placement.layers().to_vec();
-        let placement = Placement::new(applied, self.placement.num_experts(), layers)
-            .expect("the same layers have been checked under another epoch");
-        tracing::info!(before = self.generation.epoch.0, after = applied.0, "epoch taken over from a member");
-        self.placement = Arc::new(placement);
-        self.generation.epoch = applied;
+    /// Moves our epoch so that it means our placement to everybody (module header of [`super`]): a larger
+    /// epoch under which a member has applied the same placement is taken over; one under which it has
+    /// applied another placement is passed. True if the epoch changed.
+    fn adopt(&mut self, report: &MemberReport) -> bool {
+        let (ours, applied) = (self.generation.epoch, report.generation.epoch);
+        let same = report.placement_digest == self.placement.digest();
+        let next = match (applied.0, same) {
+            (0, _) => return false,
+            (_, true) if applied > ours => applied,
+            (_, false) if applied >= ours => PlacementEpoch(applied.0.saturating_add(1)),
+            _ => return false,
+        };
+        tracing::info!(before = ours.0, after = next.0, member = %report.member.id, same, "epoch moved by a member's report");
+        self.placement = Arc::new(self.placement.with_epoch(next));
+        self.generation.epoch = next;
         true
     }
 

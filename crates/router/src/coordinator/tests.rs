@@ -24,6 +24,7 @@ fn report(id: &str, role: Role, state: MemberState) -> MemberReport {
     MemberReport {
         member: Member { id: MemberId(id.into()), role, address: format!("{id}:1"), state },
         generation: generation(0),
+        placement_digest: 0,
         load: WorkerLoad { total_pages: 10, free_pages: 10, ..WorkerLoad::default() },
         loading: None,
         expert_load: Vec::new(),
@@ -133,14 +134,31 @@ async fn epochs_never_go_backwards_and_the_placement_stays() {
     assert_eq!(state.view().generation.epoch, PlacementEpoch(1));
     let mut applied = shard(0, MemberState::Ready);
     applied.generation.epoch = PlacementEpoch(9);
+    applied.placement_digest = placement().digest();
     join(&mut state, applied);
     let view = state.view();
     assert_eq!((view.generation.epoch, view.placement.epoch()), (PlacementEpoch(9), PlacementEpoch(9)));
     assert_eq!(view.placement.layers(), placement().layers());
     let mut older = shard(1, MemberState::Ready);
     older.generation.epoch = PlacementEpoch(4);
+    older.placement_digest = placement().digest();
     join(&mut state, older);
     assert_eq!(state.view().generation.epoch, PlacementEpoch(9));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_epoch_that_means_another_placement_is_passed() {
+    let mut state = state();
+    let mut other = shard(0, MemberState::Ready);
+    other.generation.epoch = PlacementEpoch(1);
+    other.placement_digest = placement().digest() ^ 1;
+    join(&mut state, other);
+    assert_eq!(state.view().generation.epoch, PlacementEpoch(2), "theirs is 1, and is not ours");
+    let mut older = shard(1, MemberState::Ready);
+    older.generation.epoch = PlacementEpoch(1);
+    older.placement_digest = placement().digest() ^ 2;
+    join(&mut state, older);
+    assert_eq!(state.view().generation.epoch, PlacementEpoch(2), "1 is already behind us");
 }
 
 #[tokio::test(start_paused = true)]

@@ -5,9 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use cadre_dispatch::{Answer, AnswerSink, LinkError, ShardContract};
 use cadre_ops::RowFormat;
-use cadre_types::{
-    Generation, LayerId, ModelHash, NumericsClass, PlacementEpoch, ShardIndex,
-};
+use cadre_types::{Generation, LayerId, ModelHash, NumericsClass, PlacementEpoch, ShardIndex};
 
 use super::*;
 
@@ -25,11 +23,8 @@ impl AnswerSink for Answers {
     }
 }
 
-const GENERATION: Generation = Generation {
-    model: ModelHash([0; 16]),
-    numerics: NumericsClass::F32,
-    epoch: PlacementEpoch(1),
-};
+const GENERATION: Generation =
+    Generation { model: ModelHash([0; 16]), numerics: NumericsClass::F32, epoch: PlacementEpoch(1) };
 
 fn held() -> Arc<Held<()>> {
     let contract =

@@ -3,13 +3,13 @@
 use std::sync::atomic::AtomicUsize;
 
 use bytes::Bytes;
-use cadre_dispatch::LinkError;
-use cadre_ops::{HostMatrix, HostRows, MatrixData, reference::ReferenceBackend};
+use cadre_dispatch::{Answer, AnswerSink, LinkError};
+use cadre_ops::{HostMatrix, HostRows, MatrixData, RowFormat, reference::ReferenceBackend};
 use cadre_types::{LayerPlacement, LogicalExpert, ModelHash, NumericsClass};
 use proptest::prelude::*;
 
 use super::*;
-use crate::queue::Job;
+use crate::{queue::Job, self_test::OneAnswer};
 
 const HIDDEN: usize = 130;
 const INNER: usize = 7;
@@ -42,10 +42,7 @@ impl ExpertSource<ReferenceBackend> for Weights {
         Ok(10)
     }
 
-    fn load(
-        &self,
-        key: ExpertKey,
-    ) -> Result<Ffn<<ReferenceBackend as Backend>::Weight>, SourceError> {
+    fn load(&self, key: ExpertKey) -> Result<Ffn<<ReferenceBackend as Backend>::Weight>, SourceError> {
         if self.missing == Some(key) {
             return Err("no such tensor".into());
         }
@@ -61,8 +58,7 @@ impl ExpertSource<ReferenceBackend> for Weights {
 }
 
 fn options(class: NumericsClass) -> ShardOptions {
-    let weights =
-        Generation { model: ModelHash([4; 16]), numerics: class, epoch: PlacementEpoch(0) };
+    let weights = Generation { model: ModelHash([4; 16]), numerics: class, epoch: PlacementEpoch(0) };
     ShardOptions { shard: ShardIndex(1), weights, hidden: HIDDEN }
 }
 
@@ -128,8 +124,7 @@ impl Bench {
 
     /// Each pair by itself through the backend's plain feed-forward.
     fn expected(&self, frame: &DispatchFrame, slots: &[u16]) -> Vec<u8> {
-        let (width, scale_width) =
-            (frame.format.row_bytes(HIDDEN), 4 * frame.format.row_scales(HIDDEN));
+        let (width, scale_width) = (frame.format.row_bytes(HIDDEN), 4 * frame.format.row_scales(HIDDEN));
         let mut queue = self.backend.queue().unwrap();
         let mut x = self.backend.alloc(1, HIDDEN).unwrap();
         let mut y = self.backend.alloc(1, HIDDEN).unwrap();
@@ -298,10 +293,11 @@ fn a_placement_that_cannot_be_loaded_leaves_the_former_in_force() {
     assert_eq!(shard.epoch(), Some(PlacementEpoch(1)));
     ask(&shard, bench.frame(1, &[(0, 0)], 0)).unwrap();
 
-    let narrow = Placement::new(PlacementEpoch(3), 1, vec![LayerPlacement {
-        layer: LayerId(3),
-        slots: vec![vec![LogicalExpert(0)]],
-    }]);
+    let narrow = Placement::new(
+        PlacementEpoch(3),
+        1,
+        vec![LayerPlacement { layer: LayerId(3), slots: vec![vec![LogicalExpert(0)]] }],
+    );
     let error = shard.apply(&narrow.unwrap()).unwrap_err().to_string();
     assert_eq!(error, "apply epoch 3: it has 1 shards and we are shard 1");
 }

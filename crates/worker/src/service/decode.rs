@@ -13,7 +13,7 @@ use tonic::{Request, Status};
 
 use crate::{status, wire};
 
-use super::WorkerService;
+use super::{OpenCall, WorkerService};
 
 impl WorkerService {
     pub(super) fn start_decode(&self, request: Request<v1::DecodeRequest>) -> Result<DecodeStream, Status> {
@@ -45,7 +45,7 @@ impl WorkerService {
                 deadline,
             })
             .map_err(|error| status::of_submit(&error))?;
-        Ok(DecodeStream { events, ended: false })
+        Ok(DecodeStream { events, ended: false, _call: self.open_call() })
     }
 }
 
@@ -54,6 +54,7 @@ impl WorkerService {
 pub struct DecodeStream {
     events: SequenceStream,
     ended: bool,
+    _call: OpenCall,
 }
 
 impl Stream for DecodeStream {

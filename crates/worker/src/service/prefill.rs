@@ -72,7 +72,9 @@ impl WorkerService {
             kv,
             progress: sender.clone(),
         };
+        let call = self.open_call();
         tokio::spawn(async move {
+            let _call = call;
             // The last event's place is taken before any progress is.
             let Ok(last) = sender.clone().reserve_owned().await else { return };
             let result = tokio::select! {

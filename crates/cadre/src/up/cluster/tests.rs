@@ -34,6 +34,7 @@ fn layout() -> Layout {
         grpc: "127.0.0.1:0".into(),
         http: "127.0.0.1:0".into(),
         log: "warn".into(),
+        drain_seconds: 10,
         extra: Extra::default(),
     }
 }

@@ -1,0 +1,83 @@
+//! From a checkpoint to a running engine; on a thread of its own.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use cadre_checkpoint::Checkpoint;
+use cadre_dispatch::{Dispatcher, IoThread};
+use cadre_engine::{Engine, EngineParts};
+use cadre_model::{LoadOptions, LoadProgress, Model};
+use cadre_ops::{Backend, DispatchBatch, ExchangeError, ExchangeTicket, ExpertExchange, ExpertRows};
+use cadre_ops_cpu::{CpuBackend, CpuOptions};
+use cadre_scheduler::SchedulerConfig;
+
+use super::report::Report;
+use crate::metrics::WorkerMetrics;
+
+/// Everything that becomes an engine.
+pub(super) struct Load {
+    pub(super) checkpoint: Arc<Checkpoint>,
+    pub(super) cpu: CpuOptions,
+    pub(super) scheduler: SchedulerConfig,
+    pub(super) dispatcher: Dispatcher,
+    /// Lives as long as the engine's last step.
+    pub(super) io: IoThread,
+    pub(super) timeouts: (Duration, Duration),
+    pub(super) report: Arc<Report>,
+    pub(super) metrics: Arc<WorkerMetrics>,
+}
+
+impl Load {
+    pub(super) fn run(self) -> Result<Engine> {
+        let Self { checkpoint, cpu, scheduler, dispatcher, io, timeouts, report, metrics } = self;
+        let backend = Arc::new(CpuBackend::new(cpu)?);
+        tracing::info!(backend = backend.describe(), "loading weights");
+        let began = Instant::now();
+        let mut told = 0;
+        let mut progress = |progress| note(&report, &metrics, progress, &mut told);
+        let model = Model::load(backend, &checkpoint, &LoadOptions { mtp: false }, &mut progress)
+            .with_context(|| format!("load {}", checkpoint.dir().display()))?;
+        tracing::info!(seconds = began.elapsed().as_secs_f64(), "weights loaded");
+        let (handoff_timeout, handoff_begin_timeout) = timeouts;
+        let exchange = Box::new(OverIo { dispatcher, _io: io });
+        let parts = EngineParts {
+            handoff_timeout,
+            handoff_begin_timeout,
+            on_step: Box::new(metrics.step_observer()),
+            ..EngineParts::new(model, scheduler, exchange)
+        };
+        Engine::spawn(parts).context("start the engine")
+    }
+}
+
+/// Reports loading progress, and logs it at every tenth.
+fn note(report: &Report, metrics: &WorkerMetrics, progress: LoadProgress, told: &mut u64) {
+    let LoadProgress { bytes_read, bytes_expected } = progress;
+    report.bytes_read.store(bytes_read, Ordering::Relaxed);
+    report.bytes_expected.store(bytes_expected, Ordering::Relaxed);
+    metrics.loading(bytes_read, bytes_expected);
+    let tenths = bytes_read * 10 / bytes_expected.max(1);
+    if tenths > *told {
+        *told = tenths;
+        tracing::info!(percent = tenths * 10, bytes_read, bytes_expected, "loading weights");
+    }
+}
+
+/// A dispatcher together with the thread that its links live on.
+struct OverIo {
+    dispatcher: Dispatcher,
+    _io: IoThread,
+}
+
+impl ExpertExchange for OverIo {
+    fn dispatch(&mut self, batch: DispatchBatch<'_>) -> Result<ExchangeTicket, ExchangeError> {
+        self.dispatcher.dispatch(batch)
+    }
+
+    fn combine(&mut self, ticket: ExchangeTicket, out: &mut ExpertRows) -> Result<(), ExchangeError> {
+        self.dispatcher.combine(ticket, out)
+    }
+}
