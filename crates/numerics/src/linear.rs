@@ -1,6 +1,6 @@
 //! One output of a matrix product.
 //!
-//! The reduction is cut into blocks of [`BLOCK`](crate::BLOCK) elements (the last may be short). Inside a
+//! The reduction is cut into blocks of [`BLOCK`] elements (the last may be short). Inside a
 //! block: one chain of FMA over ascending `k`, starting at +0. Between blocks: `acc = fma(block sum, t,
 //! acc)` in ascending order, starting at +0, where `t` is the block's scale:
 //!
@@ -21,7 +21,7 @@ use crate::BLOCK;
 pub struct Blocks {
     /// Length of the reduction.
     pub len: usize,
-    /// Elements of the first block that lie before the reduction's start, below [`BLOCK`](crate::BLOCK).
+    /// Elements of the first block that lie before the reduction's start, below [`BLOCK`].
     pub phase: usize,
 }
 

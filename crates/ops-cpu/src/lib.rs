@@ -1,13 +1,13 @@
 //! The CPU backend: kernels for AVX2 and AVX-512 beside a portable form, packed weights, a thread pool.
 //!
 //! [`CpuBackend`] gives the bits that docs/numerics.md specifies, on every instruction set and with any
-//! number of threads: kernels are written once over [`lanes::Lanes`] (16 F32 values, each operation rounded
+//! number of threads: kernels are written once over `lanes::Lanes` (16 F32 values, each operation rounded
 //! like its scalar form) and instantiated per instruction set; what is split over threads is whole output
 //! elements, never a sum. `cadre_ops::reference` is what the tests compare with.
 //!
-//! Where to look: [`options`] what a backend is made from; [`memory`] aligned arrays; [`pool`] the threads;
-//! [`packed`] the layout of weights; [`kernels`] arithmetic; [`table`] one instance of the kernels per
-//! instruction set; [`backend`] validation and the split into tasks; [`measure`] what the machine can do.
+//! Where to look: `options` what a backend is made from; `memory` aligned arrays; `pool` the threads;
+//! `packed` the layout of weights; `kernels` arithmetic; `table` one instance of the kernels per
+//! instruction set; `backend` validation and the split into tasks; [`measure`] what the machine can do.
 //!
 //! Every operation is done when its call returns; a queue only owns scratch memory.
 #![allow(unsafe_code, reason = "vector intrinsics, aligned memory and a fork-join pool need it")]

@@ -8,7 +8,7 @@
 //! attention over pages), not in loops, so that each backend fuses as it likes, as long as it gives
 //! the bits that docs/numerics.md specifies for its numerics class.
 //!
-//! [`reference`] is that specification as code: scalar, slow, and what every fast path is compared
+//! [`mod@reference`] is that specification as code: scalar, slow, and what every fast path is compared
 //! with bit for bit.
 
 #![forbid(unsafe_code)]

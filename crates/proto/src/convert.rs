@@ -249,7 +249,9 @@ impl TryFrom<&v1::Placement> for t::Placement {
                 })
             })
             .collect::<Result<Vec<_>, ConvertError>>()?;
-        Self::new(t::PlacementEpoch(wire.epoch), wire.num_experts as usize, layers)
+        // Bounded before anything is allocated by it: expert ids have 16 bits.
+        let num_experts: u16 = narrow(wire.num_experts, "placement.num_experts")?;
+        Self::new(t::PlacementEpoch(wire.epoch), usize::from(num_experts), layers)
             .map_err(|error| ConvertError::Invalid { field: "placement", problem: error.to_string() })
     }
 }
@@ -277,3 +279,6 @@ impl TryFrom<&v1::ClusterView> for t::ClusterView {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

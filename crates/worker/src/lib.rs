@@ -1,6 +1,6 @@
 //! The worker role: an engine behind gRPC, with KV hand-off between prefill and decode.
 //!
-//! Owns: the process around one engine ([`run`]), the service `cadre.v1.Worker` ([`service`]), metrics, and
+//! Owns: the process around one engine ([`run()`]), the service `cadre.v1.Worker` ([`service`]), metrics, and
 //! [`inprocess`], which builds a complete engine with its experts in one process for tests and benches.
 //! Refuses to know text, clients and placement decisions: it follows the coordinator's view.
 //!

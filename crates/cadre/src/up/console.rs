@@ -137,7 +137,9 @@ impl Console {
 
     /// The drain is over.
     pub(crate) fn stopped(&self, killed: &[String]) {
-        if !killed.is_empty() {
+        self.progress.finish_and_clear();
+        // After a failed start the reason of the failure is what matters.
+        if self.was_ready && !killed.is_empty() {
             output::note(&format!("killed, because they did not drain in time: {}", killed.join(", ")));
         }
     }

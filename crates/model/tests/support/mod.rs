@@ -78,7 +78,7 @@ impl Pocket {
 impl<B: Backend> Pocket<B> {
     pub fn on(backend: B, max_rows: usize) -> Self {
         let backend = Arc::new(backend);
-        let checkpoint = Arc::new(Checkpoint::open(&repo("models/pocket")).unwrap());
+        let checkpoint = Arc::new(Checkpoint::open(repo("models/pocket")).unwrap());
         let model =
             Model::load(backend.clone(), &checkpoint, &LoadOptions { mtp: true }, &mut |_| {}).unwrap();
         let loader = ExpertLoader::new(backend.clone(), checkpoint);
