@@ -5,7 +5,7 @@
 //! compute is refused by name, with the values that it does compute. Unknown fields are accepted:
 //! checkpoints carry training and framework settings that mean nothing here.
 //!
-//! [`validate`] bounds every size, so that no product of sizes overflows and no later stage divides by
+//! [`validate()`] bounds every size, so that no product of sizes overflows and no later stage divides by
 //! zero: a [`ModelConfig`] that went through it can be used without further checks.
 
 use std::path::Path;

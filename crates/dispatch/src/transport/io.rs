@@ -3,9 +3,9 @@
 //! All links of a worker run on one single-threaded runtime. Its own thread drives it while nobody else
 //! does. While the engine waits for experts, the engine's thread drives it instead ([`Drive`]): it reads
 //! the sockets itself, and an answer reaches it without waking another thread. The thread gives way when
-//! asked, and takes over again when the engine has not driven for [`LINGER`], or at once if frames are
+//! asked, and takes over again when the engine has not driven for `LINGER`, or at once if frames are
 //! left that the sockets did not take. Between two drives of the engine, arriving answers wait in the
-//! socket; keep-alive pings are answered within [`LINGER`].
+//! socket; keep-alive pings are answered within `LINGER`.
 
 use std::{
     io,
