@@ -10,6 +10,7 @@ use std::{collections::BTreeMap, fs};
 use anyhow::{Result, ensure};
 
 use crate::{
+    command, links,
     metadata::{Metadata, Package},
     modules,
 };
@@ -68,12 +69,9 @@ pub(crate) fn run() -> Result<()> {
         faults.extend(unsafe_allowances(package)?);
         faults.extend(modules::undeclared(package)?);
     }
+    faults.extend(links::dead(&command::root()?)?);
     faults.iter().for_each(|fault| eprintln!("layers: {fault}"));
-    ensure!(
-        faults.is_empty(),
-        "{} faults in the crate graph (xtask/src/layers.rs has the rules)",
-        faults.len()
-    );
+    ensure!(faults.is_empty(), "{} faults (xtask/src/layers.rs has the rules)", faults.len());
     println!("layers: {} crates, every arrow points down", metadata.members().count());
     Ok(())
 }

@@ -16,6 +16,7 @@ mod ci;
 mod command;
 mod generate;
 mod layers;
+mod links;
 mod metadata;
 mod modules;
 mod suites;
@@ -30,7 +31,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Checks the crate graph against the layers of ARCHITECTURE.md, and that every source file is declared.
+    /// Checks the crate graph against the layers of ARCHITECTURE.md, that every source file is declared, and
+    /// that every page referred to exists.
     Layers,
     /// Writes the generated files (proto code, docs/cli.md, docs/metrics.md); --check only compares them.
     Generate {

@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 
 use super::*;
-use crate::{command, metadata::Dependency};
+use crate::metadata::Dependency;
 
 fn package(name: &str, deps: &[(&str, Option<&str>)]) -> Package {
     Package {
