@@ -1,5 +1,7 @@
 //! Zeroed arrays on cache-line boundaries. Large ones are mapped directly, untouched pages cost nothing,
-//! and the kernel is asked for huge pages (a packed weight is read front to back on every step).
+//! and the kernel is asked for huge pages where the data fills them (a packed weight is read front to back
+//! on every step). The last, partly filled stretch stays on small pages: a shard's memory is its experts'
+//! bytes, and an expert of 1 MiB on a huge page would cost two.
 
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc},
@@ -11,8 +13,8 @@ use cadre_ops::OpsError;
 
 /// Alignment of every array, one cache line.
 const ALIGN: usize = 64;
-/// From this size on an array is mapped: half of what one huge page holds.
-const MAP_FROM: usize = 1 << 20;
+/// From this size on an array is mapped: a heap rounds sizes up by an eighth or more, a mapping by a page.
+const MAP_FROM: usize = 256 << 10;
 /// Size and alignment of a huge page.
 const HUGE: usize = 2 << 20;
 
@@ -84,10 +86,14 @@ impl<T: Plain> Aligned<T> {
         let offset = start.as_ptr().align_offset(HUGE);
         // SAFETY: `offset < HUGE` and the mapping is at least `HUGE` longer than `bytes`.
         let data = unsafe { start.byte_add(offset) };
+        let filled = bytes / HUGE * HUGE;
         #[cfg(target_os = "linux")]
-        // SAFETY: the range lies inside the mapping. Advice only: a failure costs speed, nothing else.
+        // SAFETY: together the ranges are the data rounded up to a huge page, which lies inside the mapping.
+        // Advice only: a failure costs speed or memory, nothing else.
         unsafe {
-            libc::madvise(data.as_ptr(), bytes.next_multiple_of(HUGE), libc::MADV_HUGEPAGE);
+            let rest = bytes.next_multiple_of(HUGE) - filled;
+            libc::madvise(data.as_ptr(), filled, libc::MADV_HUGEPAGE);
+            libc::madvise(data.byte_add(filled).as_ptr(), rest, libc::MADV_NOHUGEPAGE);
         }
         Some((data.cast(), Backing::Mapped(start, len)))
     }
