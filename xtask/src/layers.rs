@@ -27,10 +27,11 @@ pub(crate) const LAYERS: [&[&str]; 6] = [
         "cadre-telemetry",
         "cadre-checkpoint",
         "cadre-ops",
+        "cadre-k8s-api",
     ],
     &["cadre-ops-cpu", "cadre-model", "cadre-dispatch"],
     &["cadre-shard", "cadre-engine"],
-    &["cadre-worker", "cadre-expert", "cadre-router"],
+    &["cadre-worker", "cadre-expert", "cadre-router", "cadre-operator"],
     &["cadre"],
 ];
 

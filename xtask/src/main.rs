@@ -8,13 +8,17 @@
     reason = "a developer's tool: it reads cargo's environment and its output is its purpose"
 )]
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
 mod ci;
+mod cluster;
 mod command;
+mod e2e;
 mod generate;
+mod image;
+mod interrupt;
 mod layers;
 mod links;
 mod metadata;
@@ -42,9 +46,30 @@ enum Task {
     },
     /// Runs every test of the workspace, end-to-end ones included, and installs what they need.
     Test {
-        /// Run only the suites whose name contains this (`cadre-e2e`, `cadre-types`).
+        /// Run only the suites whose name contains this (`cadre-types`, `cadre-e2e/`, `cadre-e2e-k8s`).
         #[arg(long)]
         only: Option<String>,
+    },
+    /// Runs the tests that need a Kubernetes cluster, on one of their own or on the one that KUBECONFIG names.
+    E2e {
+        /// Run only the suites whose name contains this.
+        #[arg(long)]
+        only: Option<String>,
+        /// Leave the cluster running, to look at it; its name is printed.
+        #[arg(long)]
+        keep: bool,
+    },
+    /// Starts and ends a real Kubernetes on this machine.
+    #[command(subcommand)]
+    Cluster(cluster::Task),
+    /// Writes the container image as an OCI tar and prints its path last.
+    Image {
+        /// Where to write it (default: image/cadre-VERSION.tar in the target folder).
+        #[arg(long)]
+        out: Option<PathBuf>,
+        /// Take this static executable instead of building one.
+        #[arg(long)]
+        binary: Option<PathBuf>,
     },
     /// Runs everything that must hold before a change is merged.
     Ci,
@@ -55,6 +80,9 @@ fn main() -> ExitCode {
         Task::Layers => layers::run(),
         Task::Generate { check } => generate::run(check),
         Task::Test { only } => suites::run(only.as_deref()),
+        Task::E2e { only, keep } => suites::run_e2e(only.as_deref(), keep),
+        Task::Cluster(task) => cluster::run(&task),
+        Task::Image { out, binary } => image::run(out.as_deref(), binary.as_deref()),
         Task::Ci => ci::run(),
     };
     match outcome {

@@ -5,16 +5,20 @@
 //! was declared and did not run is a failure, and so is a suite that ran nothing. A crate without unit tests
 //! says so in its manifest (`test = false`).
 //!
+//! The suites of `tests/e2e-k8s` come last, on a cluster that [`crate::e2e`] sets up for them. What a fresh machine
+//! lacks for that is built beside the build of the tests and waited for before the first test runs, so that no
+//! test shares its cores with a compiler.
+//!
 //! Why not cargo-nextest: building it takes longer on two cores than our own tests, and what it adds here
 //! (a process per test, retries) we do not want.
 
 use std::{
     collections::BTreeMap,
+    ffi::OsString,
     fs::{self, File},
     io::{IsTerminal, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -22,18 +26,18 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use crate::{
-    command,
+    command, e2e, interrupt,
     metadata::{Metadata, Package, Target},
 };
 
 /// A suite that runs longer hangs: the slowest one takes a few minutes on two cores.
 const SUITE_LIMIT: Duration = Duration::from_secs(30 * 60);
 
-/// How often a running suite is looked at.
-const POLL: Duration = Duration::from_millis(50);
-
 /// End-to-end tests run clusters of several processes each: one at a time.
-const SERIAL: &str = "cadre-e2e";
+const SERIAL: [&str; 2] = ["cadre-e2e", e2e::PACKAGE];
+
+/// Name of the outcome that says whether the cluster's side of things is in order.
+const CLUSTER: &str = "cluster";
 
 /// What a test prints, at the start of a line, when the machine cannot show something that it checks
 /// (a missing instruction set, say). Repeated at the end, so that nobody takes the run for more than it was.
@@ -42,20 +46,18 @@ const NOTICE: &str = "NOTICE:";
 /// Runs every suite, or those whose name contains `only`.
 pub(crate) fn run(only: Option<&str>) -> Result<()> {
     let metadata = Metadata::load()?;
-    let built = build()?;
-    let mut suites = declared(&metadata, &built)?;
+    let wants_cluster =
+        only.is_none_or(|part| cluster_suite_names(&metadata).any(|name| name.contains(part)));
+    let Prepared { mut suites, logs, cadre } = prepare(&metadata, wants_cluster)?;
     if let Some(part) = only {
         suites.retain(|suite| suite.name.contains(part));
         ensure!(!suites.is_empty(), "no suite has {part:?} in its name");
     }
-    suites.sort_by_key(|suite| (suite.serial, suite.name.clone()));
-    let logs = metadata.target_directory.join("xtask").join("logs");
-    fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))?;
-
-    let cadre = built.binary("cadre").context("the build made no binary `cadre`")?;
+    let (on_cluster, plain): (Vec<Suite>, Vec<Suite>) =
+        suites.into_iter().partition(|suite| suite.on_cluster);
     let mut outcomes: Vec<(String, Outcome)> = Vec::new();
-    for suite in &suites {
-        let outcome = suite.run(&logs, cadre)?;
+    for suite in &plain {
+        let outcome = suite.run(&logs, &cadre, &[])?;
         report(&suite.name, &outcome);
         outcomes.push((suite.name.clone(), outcome));
     }
@@ -64,7 +66,111 @@ pub(crate) fn run(only: Option<&str>) -> Result<()> {
         report("documentation examples", &outcome);
         outcomes.push(("documentation examples".into(), outcome));
     }
+    if wants_cluster {
+        outcomes.extend(run_on_cluster(&on_cluster, &logs, &cadre, false)?);
+    }
     close(&outcomes)
+}
+
+/// `cargo xtask e2e`: only the suites that need a cluster.
+pub(crate) fn run_e2e(only: Option<&str>, keep: bool) -> Result<()> {
+    let metadata = Metadata::load()?;
+    let Prepared { mut suites, logs, cadre } = prepare(&metadata, true)?;
+    suites.retain(|suite| suite.on_cluster);
+    if let Some(part) = only {
+        suites.retain(|suite| suite.name.contains(part));
+        ensure!(!suites.is_empty(), "no suite of {} has {part:?} in its name", e2e::PACKAGE);
+    }
+    close(&run_on_cluster(&suites, &logs, &cadre, keep)?)
+}
+
+struct Prepared {
+    suites: Vec<Suite>,
+    logs: PathBuf,
+    cadre: PathBuf,
+}
+
+/// Builds the tests and, beside them, what a cluster needs.
+fn prepare(metadata: &Metadata, wants_cluster: bool) -> Result<Prepared> {
+    interrupt::watch()?;
+    let logs = logs(metadata);
+    fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))?;
+    let beside = if wants_cluster { e2e::build_beside(&logs)? } else { None };
+    let built = build()?;
+    if beside.is_some()
+        && let Err(error) = e2e::wait_for_build()
+    {
+        // The other suites need no cluster; the cluster's will fail with this.
+        interrupt::check()?;
+        eprintln!("k8s: {error:#}");
+    }
+    let mut suites = declared(metadata, &built)?;
+    suites.sort_by_key(|suite| (suite.serial, suite.name.clone()));
+    let cadre = built.binary("cadre").context("the build made no binary `cadre`")?.to_path_buf();
+    Ok(Prepared { suites, logs, cadre })
+}
+
+/// Where outputs are kept.
+pub(crate) fn logs(metadata: &Metadata) -> PathBuf {
+    metadata.target_directory.join("xtask").join("logs")
+}
+
+/// Sets a cluster up, runs the suites, takes it down. Whatever keeps them from running makes each of them fail.
+fn run_on_cluster(suites: &[Suite], logs: &Path, cadre: &Path, keep: bool) -> Result<Vec<(String, Outcome)>> {
+    let mut outcomes: Vec<(String, Outcome)> = Vec::new();
+    let mut add = |name: &str, outcome: Outcome| {
+        report(name, &outcome);
+        outcomes.push((name.into(), outcome));
+    };
+    let begun = Instant::now();
+    let broken = |error: &anyhow::Error, took| Outcome {
+        fault: Some(format!("{error:#}")),
+        took,
+        ..Outcome::default()
+    };
+    let stage = match e2e::Stage::prepare(keep) {
+        Ok(stage) => stage,
+        Err(error) => {
+            interrupt::check()?;
+            add(CLUSTER, broken(&error, begun.elapsed()));
+            return Ok(outcomes);
+        }
+    };
+    let mut is_good = true;
+    match stage.preflight(cadre) {
+        Ok(passed) => {
+            add(CLUSTER, Outcome { passed, took: begun.elapsed(), ..Outcome::default() });
+            let environment = stage.environment();
+            for suite in suites {
+                let outcome = suite.run(logs, cadre, &environment)?;
+                is_good &= outcome.is_good();
+                add(&suite.name, outcome);
+            }
+            if suites.is_empty() {
+                let error = anyhow::anyhow!("the workspace has no suite of {}", e2e::PACKAGE);
+                add(e2e::PACKAGE, broken(&error, Duration::ZERO));
+            }
+        }
+        Err(error) => {
+            interrupt::check()?;
+            is_good = false;
+            add(CLUSTER, broken(&error, begun.elapsed()));
+        }
+    }
+    if !is_good {
+        stage.dump(&logs.join("cluster"));
+    }
+    if let Err(error) = stage.finish() {
+        add("cluster removed", broken(&error, Duration::ZERO));
+    }
+    Ok(outcomes)
+}
+
+/// Names of the suites that need a cluster; they are known before anything is built.
+fn cluster_suite_names(metadata: &Metadata) -> impl Iterator<Item = String> {
+    metadata.members().filter(|package| package.name == e2e::PACKAGE).flat_map(|package| {
+        package.targets.iter().filter(|target| is_suite(target)).map(|target| suite_name(package, target))
+    })
 }
 
 /// What the build left behind.
@@ -127,6 +233,8 @@ struct Suite {
     executable: PathBuf,
     folder: PathBuf,
     serial: bool,
+    /// Needs what [`e2e::Stage`] sets up.
+    on_cluster: bool,
 }
 
 /// Every test target of the workspace with its executable.
@@ -144,7 +252,8 @@ fn declared(metadata: &Metadata, built: &Built) -> Result<Vec<Suite>> {
                 name,
                 executable: executable.clone(),
                 folder: folder.to_path_buf(),
-                serial: package.name == SERIAL,
+                serial: SERIAL.contains(&package.name.as_str()),
+                on_cluster: package.name == e2e::PACKAGE,
             });
         }
     }
@@ -200,9 +309,10 @@ impl Outcome {
 }
 
 impl Suite {
-    fn run(&self, logs: &Path, cadre: &Path) -> Result<Outcome> {
+    fn run(&self, logs: &Path, cadre: &Path, environment: &[(OsString, OsString)]) -> Result<Outcome> {
         let mut command = Command::new(&self.executable);
         command.current_dir(&self.folder).env("CADRE_BIN", cadre).env("CARGO_MANIFEST_DIR", &self.folder);
+        command.envs(environment.iter().map(|(name, value)| (name, value)));
         command.arg("--show-output");
         if self.serial {
             command.arg("--test-threads=1");
@@ -231,23 +341,14 @@ fn execute(name: &str, command: &mut Command, logs: &Path) -> Result<Outcome> {
         std::io::stdout().flush()?;
     }
     let begun = Instant::now();
+    interrupt::check()?;
     let mut child = command
         .stdin(Stdio::null())
         .stdout(file.try_clone()?)
         .stderr(file)
         .spawn()
         .with_context(|| format!("start {}", command::show(command)))?;
-    let status = loop {
-        if let Some(status) = child.try_wait()? {
-            break Some(status);
-        }
-        if begun.elapsed() > SUITE_LIMIT {
-            child.kill()?;
-            child.wait()?;
-            break None;
-        }
-        thread::sleep(POLL);
-    };
+    let status = interrupt::wait(&mut child, SUITE_LIMIT)?;
     let mut outcome = parse(&String::from_utf8_lossy(&fs::read(&log)?));
     outcome.took = begun.elapsed();
     outcome.log = log;
@@ -289,7 +390,9 @@ fn report(name: &str, outcome: &Outcome) {
         outcome.failed,
         outcome.took.as_secs_f64()
     );
-    if !outcome.is_good() {
+    if !outcome.is_good() && outcome.log.as_os_str().is_empty() {
+        println!("{name}: {}", outcome.fault.as_deref().unwrap_or_default());
+    } else if !outcome.is_good() {
         let text = fs::read_to_string(&outcome.log).unwrap_or_default();
         let from = text
             .find("\nfailures:\n")

@@ -13,7 +13,7 @@ use crate::command;
 const CARGO_DENY: &str = "0.20.2";
 
 /// The folder of everything that outlives `target`.
-fn cache() -> Result<PathBuf> {
+pub(crate) fn cache() -> Result<PathBuf> {
     let base = match std::env::var_os("XDG_CACHE_HOME") {
         Some(path) if Path::new(&path).is_absolute() => PathBuf::from(path),
         _ => PathBuf::from(std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)

@@ -11,6 +11,7 @@ use crate::{
     reference::{self, ReferenceArgs},
     roles::{self, ExpertArgs, RouterArgs, WorkerArgs},
     runtime::block_on,
+    soak::{self, SoakArgs},
     synth::{self, SynthArgs},
     up::{self, UpArgs},
 };
@@ -30,6 +31,7 @@ enum Command {
     Inspect(InspectArgs),
     Synth(SynthArgs),
     Bench(BenchArgs),
+    Soak(SoakArgs),
     Router(Box<RouterArgs>),
     Worker(Box<WorkerArgs>),
     Expert(Box<ExpertArgs>),
@@ -46,6 +48,7 @@ impl Cli {
             Command::Inspect(args) => inspect::run(&args),
             Command::Synth(args) => synth::run(args),
             Command::Bench(args) => bench::run(args),
+            Command::Soak(args) => block_on(soak::run(args)),
             Command::Router(args) => block_on(roles::router(*args)),
             Command::Worker(args) => block_on(roles::worker(*args)),
             Command::Expert(args) => block_on(roles::expert(*args)),

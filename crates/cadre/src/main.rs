@@ -17,6 +17,7 @@ mod progress;
 mod reference;
 mod roles;
 mod runtime;
+mod soak;
 mod stop;
 mod synth;
 mod up;
@@ -25,7 +26,16 @@ mod up;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    match cli::Cli::parse().run() {
+    let cli = cli::Cli::try_parse().unwrap_or_else(|error| {
+        // In a pod nobody reads standard error; the variable is that of `--termination-log`.
+        if error.use_stderr()
+            && let Some(log) = std::env::var_os(roles::TERMINATION_LOG_ENV)
+        {
+            roles::of_usage(log.as_ref(), &error);
+        }
+        error.exit()
+    });
+    match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             output::note(&format!("cadre: {error:#}"));

@@ -63,7 +63,10 @@ fn write_command(page: &mut String, command: &Command, path: &mut Vec<String>) -
     for argument in arguments {
         let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
         let (meaning, default) = default_of(argument, &help);
-        writeln!(page, "| `{}` | {default} | {} |", argument_name(argument), meaning.replace('|', "\\|"))?;
+        let env =
+            argument.get_env().map(|env| format!(" Also `{}`.", env.to_string_lossy())).unwrap_or_default();
+        let meaning = meaning.replace('|', "\\|");
+        writeln!(page, "| `{}` | {default} | {meaning}{env} |", argument_name(argument))?;
     }
     for child in command.get_subcommands() {
         write_command(page, child, path)?;

@@ -4,12 +4,18 @@
 //! matter where a port was 0. Everything else goes to the log on standard error.
 
 use std::{
-    fmt, future::Future, net::SocketAddr, num::ParseFloatError, path::PathBuf, str::FromStr, time::Duration,
+    fmt,
+    future::Future,
+    net::SocketAddr,
+    num::ParseFloatError,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
 use cadre_telemetry::{LogFormat, init_logging};
-use cadre_types::NumericsClass;
+use cadre_types::{NumericsClass, PodRef};
 use clap::Args;
 use serde::Serialize;
 use tokio::sync::oneshot;
@@ -18,7 +24,10 @@ use crate::{output, stop};
 
 mod expert;
 mod router;
+mod termination;
 mod worker;
+
+pub(crate) use termination::{TERMINATION_LOG_ENV, of_usage};
 
 pub(crate) use expert::{ExpertArgs, expert};
 pub(crate) use router::{RouterArgs, router};
@@ -42,6 +51,26 @@ struct RoleArgs {
     /// Drain and exit when standard input ends (`cadre up` holds the other end).
     #[arg(long)]
     exit_on_stdin_close: bool,
+    /// Where to write one line, `Reason: message`, when the process ends with an error.
+    #[arg(long, value_name = "FILE", env = TERMINATION_LOG_ENV)]
+    termination_log: Option<PathBuf>,
+}
+
+/// The pod that a member runs in.
+#[derive(Args, Clone, Debug)]
+struct PodArgs {
+    /// Name of the pod that it runs in.
+    #[arg(long, value_name = "NAME", env = "CADRE_POD_NAME", requires = "pod_uid")]
+    pod_name: Option<String>,
+    /// Unique id of that pod.
+    #[arg(long, value_name = "UID", env = "CADRE_POD_UID", requires = "pod_name")]
+    pod_uid: Option<String>,
+}
+
+impl PodArgs {
+    fn pod(self) -> Option<PodRef> {
+        Some(PodRef { name: self.pod_name?, uid: self.pod_uid? })
+    }
 }
 
 impl RoleArgs {
@@ -94,9 +123,13 @@ fn loopback(port: u16) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], port))
 }
 
-/// The error of a role under the role's name.
-fn named<T, E: Into<anyhow::Error>>(result: Result<T, E>, name: &str) -> Result<T> {
-    result.map_err(Into::into).with_context(|| name.to_owned())
+/// Ends a role: its error gets the role's name, and goes to the termination log if there is one.
+fn ended<E: Into<anyhow::Error>>(result: Result<(), E>, name: &str, log: Option<&Path>) -> Result<()> {
+    let result = result.map_err(Into::into).with_context(|| name.to_owned());
+    if let (Err(error), Some(log)) = (&result, log) {
+        termination::write(log, error);
+    }
+    result
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
-//! `cadre bench dispatch`: the round trip of the real dispatch path (dispatcher, gRPC link, server) to a
-//! shard that echoes, beside a raw length-prefixed TCP echo of the same bytes in the same run.
+//! `cadre bench dispatch`: the round trip of the real dispatch path (dispatcher, gRPC link, server, queue and
+//! compute thread) to a shard whose experts are the identity, beside a raw length-prefixed TCP echo of the same
+//! bytes in the same run. Both sides of the path wait as workers and shards do (`transport::io`); the echo waits
+//! as any tokio program does.
 //!
 //! Both directions carry the payload. The two are measured in alternating blocks, so that whatever else
 //! the machine does falls on both.
@@ -8,6 +10,7 @@ use std::{
     io,
     net::SocketAddr,
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -16,15 +19,17 @@ use cadre_types::{
     ClusterView, Generation, LayerId, LayerPlacement, LogicalExpert, Member, MemberId, MemberState,
     ModelHash, NumericsClass, Placement, PlacementEpoch, PlacementError, Role, ShardIndex,
 };
+use crossbeam_channel::TryRecvError;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     runtime,
+    sync::Notify,
 };
 
 use crate::{
-    CombineFrame, DispatchConfig, DispatchFrame, Dispatcher, ExpertServer, GrpcConnector, IoThread, Reply,
-    ShardService, ShardSignals, tuning,
+    CombineFrame, DispatchConfig, DispatchFrame, Dispatcher, Drive, Driver, ExpertServer, GrpcConnector,
+    IoHandle, IoThread, Reply, ShardService, ShardSignals, transport::MAX_LINK_FRAMES, tuning,
 };
 
 /// Bytes of a token of DeepSeek-V3 in e4m3: payloads that are multiples travel as that many tokens.
@@ -32,6 +37,9 @@ const TOKEN_BYTES: usize = 7168;
 
 /// Exchanges of one kind before it is the other's turn.
 const BLOCK: usize = 50;
+
+/// How long the shard's thread waits before it looks whether the bench is over.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// One line of the table. Times are in microseconds.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -78,13 +86,50 @@ pub enum BenchError {
     Payload(usize),
 }
 
-/// A shard that answers each frame with its own rows.
-struct Echo;
+/// A shard that answers each frame with its own rows, from a thread that waits for frames as a shard's compute
+/// thread does.
+struct Echo {
+    frames: crossbeam_channel::Sender<(DispatchFrame, Reply)>,
+    arrived: Arc<Notify>,
+}
+
+impl Echo {
+    /// The thread ends with the service.
+    fn start(io: IoHandle) -> io::Result<Self> {
+        let (frames, waiting) = crossbeam_channel::bounded::<(DispatchFrame, Reply)>(MAX_LINK_FRAMES);
+        let arrived = Arc::new(Notify::new());
+        let event = arrived.clone();
+        thread::Builder::new().name("bench-compute".to_owned()).spawn(move || {
+            let driver = Driver::new(io);
+            loop {
+                match waiting.try_recv() {
+                    Ok((frame, reply)) => {
+                        let (bytes, rows) = (frame.data.len(), frame.data);
+                        let signals = ShardSignals::default();
+                        let mut answer =
+                            Some((reply, CombineFrame { format: RowFormat::F32, rows, signals }));
+                        driver.flush(bytes, &mut || {
+                            if let Some((reply, rows)) = answer.take() {
+                                reply.send(Ok(rows));
+                            }
+                        });
+                    }
+                    Err(TryRecvError::Empty) => {
+                        driver.wait(&event, Instant::now() + LOOK_AGAIN);
+                    }
+                    Err(TryRecvError::Disconnected) => return,
+                }
+            }
+        })?;
+        Ok(Self { frames, arrived })
+    }
+}
 
 impl ShardService for Echo {
     fn submit(&self, frame: DispatchFrame, reply: Reply) {
-        let signals = ShardSignals::default();
-        reply.send(Ok(CombineFrame { format: RowFormat::F32, rows: frame.data, signals }));
+        // A frame that finds the queue full answers itself as dropped.
+        drop(self.frames.try_send((frame, reply)));
+        self.arrived.notify_one();
     }
 }
 
@@ -148,12 +193,13 @@ impl DispatchEcho {
         let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
+        let echo = Arc::new(Echo::start(server.handle())?);
         server.handle().runtime().spawn(async move {
             let listener = match TcpListener::from_std(listener) {
                 Ok(listener) => listener,
                 Err(error) => return tracing::error!(%error, "bench listener"),
             };
-            let service = ExpertServer::new(Arc::new(Echo)).into_service();
+            let service = ExpertServer::new(echo).into_service();
             let serving = tuning::server().add_service(service);
             if let Err(error) = serving.serve_with_incoming(tuning::incoming(listener)).await {
                 tracing::error!(%error, "bench server");
@@ -166,16 +212,15 @@ impl DispatchEcho {
         };
         let slots = vec![vec![LogicalExpert(0)]];
         let layers = vec![LayerPlacement { layer: LayerId(0), slots }];
-        let view = ClusterView {
-            generation,
-            placement: Arc::new(Placement::new(PlacementEpoch(1), 1, layers)?),
-            members: vec![Member {
-                id: MemberId("echo".to_owned()),
-                role: Role::Expert(ShardIndex(0)),
-                address: address.to_string(),
-                state: MemberState::Ready,
-            }],
+        let echo = Member {
+            id: MemberId("echo".to_owned()),
+            role: Role::Expert(ShardIndex(0)),
+            address: address.to_string(),
+            state: MemberState::Ready,
+            pod: None,
         };
+        let placement = Arc::new(Placement::new(PlacementEpoch(1), 1, layers)?);
+        let view = ClusterView::settled(generation, placement, vec![echo]);
         let connector = Arc::new(GrpcConnector::new(links.handle()));
         let dispatcher = Dispatcher::new(DispatchConfig::default(), generation, connector);
         dispatcher.handle().update(Arc::new(view));

@@ -8,12 +8,15 @@
 //! `uncovered_wait` after the step's first failure, and then names the expert. All waits are on the
 //! mailbox with a deadline. The rows that come back do not depend on who computed them or in how many
 //! attempts, so retries never show in the text.
+//!
+//! A new placement is taken up between two exchanges, or by a retry inside one; the coordinator lets shards
+//! drop the old one only when every worker says that it has no frame of it out ([`DispatchHandle::taken`]).
 
 use std::{
     collections::VecDeque,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering, fence},
     },
     time::{Duration, Instant},
 };
@@ -23,8 +26,9 @@ use bytes::BytesMut;
 use cadre_ops::{
     DispatchBatch, ExchangeError, ExchangeTicket, ExpertExchange, ExpertRows, HostRows, RowFormat,
 };
-use cadre_types::{ClusterView, Generation, LayerId, LogicalExpert, ShardIndex};
+use cadre_types::{ClusterView, Generation, LayerId, LogicalExpert, Placement, ShardIndex};
 use crossbeam_channel::Receiver;
+use tokio::sync::watch;
 
 use crate::{
     frame::DispatchFrame,
@@ -74,9 +78,29 @@ impl Default for DispatchConfig {
 struct Shared {
     weights: Generation,
     view: ArcSwapOption<ClusterView>,
+    /// An exchange is open: the owner may be working by an older view than `view`.
+    active: AtomicBool,
+    /// The newest placement such that no frame of an older one is out or will be sent.
+    taken: watch::Sender<Option<Arc<Placement>>>,
+    /// Its epoch, to be compared without a lock.
+    taken_epoch: AtomicU64,
     closed: AtomicBool,
     mailbox: Arc<Mailbox>,
     stats: Arc<DispatchStats>,
+}
+
+impl Shared {
+    /// Epochs of a coordinator only grow; of two that are told at once the newer stays.
+    fn take_up(&self, placement: &Arc<Placement>) {
+        self.taken.send_if_modified(|taken| {
+            let newer = taken.as_ref().is_none_or(|taken| taken.epoch() < placement.epoch());
+            if newer {
+                self.taken_epoch.store(placement.epoch().0, Ordering::Release);
+                *taken = Some(Arc::clone(placement));
+            }
+            newer
+        });
+    }
 }
 
 /// Tells a running dispatcher about the cluster; cheap to clone, usable from any thread.
@@ -94,8 +118,19 @@ impl DispatchHandle {
             return;
         }
         self.shared.stats.observe_placement(&view.placement);
+        let placement = Arc::clone(&view.placement);
         self.shared.view.store(Some(view));
+        // With the fence in `Dispatcher::begin`: either we see that it is active, or it sees this view.
+        fence(Ordering::SeqCst);
+        if !self.shared.active.load(Ordering::Relaxed) {
+            self.shared.take_up(&placement);
+        }
         self.shared.mailbox.wake();
+    }
+
+    /// The placement that has been taken up: no frame of an older one is out, or will be sent.
+    pub fn taken(&self) -> watch::Receiver<Option<Arc<Placement>>> {
+        self.shared.taken.subscribe()
     }
 
     /// Ends every wait with [`ExchangeError::Closed`].
@@ -144,6 +179,9 @@ impl Dispatcher {
         let shared = Arc::new(Shared {
             weights,
             view: ArcSwapOption::empty(),
+            active: AtomicBool::new(false),
+            taken: watch::Sender::new(None),
+            taken_epoch: AtomicU64::new(0),
             closed: AtomicBool::new(false),
             mailbox: mailbox.clone(),
             stats: stats.clone(),
@@ -172,6 +210,34 @@ impl Dispatcher {
     /// For the threads that feed it views and export its counters.
     pub fn handle(&self) -> DispatchHandle {
         DispatchHandle { shared: self.shared.clone() }
+    }
+
+    /// An exchange begins; called before the view is looked at.
+    fn begin(&self) {
+        self.shared.active.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+
+    /// An exchange has begun or ended: tells which placement is taken up, if that has changed.
+    fn settle_epoch(&self) {
+        let taken = self.shared.taken_epoch.load(Ordering::Acquire);
+        if self.steps.is_empty() {
+            self.shared.active.store(false, Ordering::Relaxed);
+            // A view that came while we were active and was not looked at is the next exchange's.
+            fence(Ordering::SeqCst);
+            if let Some(view) = &*self.shared.view.load()
+                && view.placement.epoch().0 != taken
+            {
+                self.shared.take_up(&view.placement);
+            }
+        } else if let Some(view) = self.links.view()
+            && view.placement.epoch().0 != taken
+        {
+            let epoch = view.placement.epoch();
+            if !self.steps.iter().any(|step| step.waits_under_older(epoch)) {
+                self.shared.take_up(&view.placement);
+            }
+        }
     }
 
     /// Takes up the latest view, the events that wait, and probes that are due.
@@ -391,11 +457,26 @@ impl Dispatcher {
 
 impl ExpertExchange for Dispatcher {
     fn dispatch(&mut self, batch: DispatchBatch<'_>) -> Result<ExchangeTicket, ExchangeError> {
+        self.begin();
+        let ticket = self.dispatch_step(&batch);
+        self.settle_epoch();
+        ticket
+    }
+
+    fn combine(&mut self, ticket: ExchangeTicket, out: &mut ExpertRows) -> Result<(), ExchangeError> {
+        let combined = self.combine_step(ticket, out);
+        self.settle_epoch();
+        combined
+    }
+}
+
+impl Dispatcher {
+    fn dispatch_step(&mut self, batch: &DispatchBatch<'_>) -> Result<ExchangeTicket, ExchangeError> {
         if self.shared.closed.load(Ordering::Acquire) {
             return Err(ExchangeError::Closed { layer: batch.layer });
         }
         self.catch_up();
-        self.validate(&batch)?;
+        self.validate(batch)?;
         self.shared.stats.count_experts(batch.layer, batch.topk_idx);
         while self.steps.len() >= MAX_OPEN_STEPS {
             if let Some(abandoned) = self.steps.pop_front() {
@@ -405,7 +486,7 @@ impl ExpertExchange for Dispatcher {
         let ticket = ExchangeTicket(self.next_ticket);
         self.next_ticket += 1;
         let combine = RowFormat::combine(self.shared.weights.numerics);
-        let mut step = Step::new(ticket, &batch, combine);
+        let mut step = Step::new(ticket, batch, combine);
 
         let mut pairs = std::mem::take(&mut self.pairs);
         pairs.clear();
@@ -420,7 +501,7 @@ impl ExpertExchange for Dispatcher {
         Ok(ticket)
     }
 
-    fn combine(&mut self, ticket: ExchangeTicket, out: &mut ExpertRows) -> Result<(), ExchangeError> {
+    fn combine_step(&mut self, ticket: ExchangeTicket, out: &mut ExpertRows) -> Result<(), ExchangeError> {
         // Tickets are combined in order: what is older was given up by its owner.
         while let Some(step) = self.steps.pop_front_if(|step| step.ticket != ticket) {
             self.forget(step);

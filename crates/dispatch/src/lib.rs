@@ -23,12 +23,12 @@ pub use dispatcher::{DispatchConfig, DispatchHandle, Dispatcher};
 pub use frame::{
     Answer, CombineFrame, DispatchFrame, LinkError, Refusal, RefusalCode, ShardContract, ShardSignals,
 };
-pub use membership::{LoadReport, Membership, MembershipOptions};
+pub use membership::{GenerationRefused, LoadReport, Membership, MembershipOptions};
 pub use stats::{DispatchStats, ExpertLoadWindow};
 pub use transport::{
     AnswerSink, Connect, DispatchTransport, Drive, Reply, ShardService,
     grpc::GrpcConnector,
-    io::{IoHandle, IoThread},
+    io::{Driver, IoHandle, IoThread},
     local::LocalConnector,
     server::ExpertServer,
 };

@@ -4,7 +4,11 @@
 //! when the state changes, and publishes each [`ClusterView`] that arrives. When the coordinator goes away
 //! it reconnects for ever with bounded back-off, and the last view stays published: the data plane serves
 //! on it. Only a refusal of our weights or numerics (`FAILED_PRECONDITION`) is final; [`Membership::refused`]
-//! resolves with its reason and the role should exit with it.
+//! resolves with its reason and the role should exit with it. Every other refusal (a shard that the layout
+//! does not have yet, a pod that the operator has not seen yet) is tried again.
+//!
+//! The first report of every stream carries the whole placement that this process has applied: a restarted
+//! coordinator takes it over instead of planning anew.
 
 use std::{sync::Arc, time::Duration};
 
@@ -76,6 +80,14 @@ pub enum MembershipError {
     },
 }
 
+/// The coordinator serves other weights or numerics than this process: no retry will change that.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the coordinator refused this member: {reason}")]
+pub struct GenerationRefused {
+    /// The coordinator's words, which name both values.
+    pub reason: String,
+}
+
 /// A running membership. Dropping it leaves without a farewell.
 #[derive(Debug)]
 pub struct Membership {
@@ -87,19 +99,37 @@ pub struct Membership {
 }
 
 /// The part of a report that this process decides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Standing {
     state: MemberState,
-    applied: Applied,
+    applied: Stamp,
+    prepared: Stamp,
     leaving: bool,
 }
 
-/// The placement in force in this process; the default says that there is none yet.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Applied {
+/// Names a placement; the default names none.
+#[derive(Clone, Debug, Default)]
+struct Stamp {
     epoch: PlacementEpoch,
     digest: u64,
+    placement: Option<Arc<Placement>>,
 }
+
+impl Stamp {
+    fn of(placement: &Arc<Placement>) -> Self {
+        let (epoch, digest) = (placement.epoch(), placement.digest());
+        Self { epoch, digest, placement: Some(Arc::clone(placement)) }
+    }
+}
+
+impl PartialEq for Stamp {
+    /// Epoch and digest are the placement.
+    fn eq(&self, other: &Self) -> bool {
+        (self.epoch, self.digest) == (other.epoch, other.digest)
+    }
+}
+
+impl Eq for Stamp {}
 
 struct Session<L> {
     options: MembershipOptions,
@@ -130,7 +160,12 @@ pub fn join(
         .map_err(|source| MembershipError::Address { address: options.coordinator.clone(), source })?;
     let views = watch::Sender::new(None);
     let (refusal_tx, refusal) = watch::channel(None);
-    let first = Standing { state: member.state, applied: Applied::default(), leaving: false };
+    let first = Standing {
+        state: member.state,
+        applied: Stamp::default(),
+        prepared: Stamp::default(),
+        leaving: false,
+    };
     let (standing, standing_rx) = watch::channel(first);
     let session = Session {
         options,
@@ -157,17 +192,27 @@ impl Membership {
     }
 
     /// Changes the reported (applied) placement and reports it at once.
-    pub fn set_applied(&self, placement: &Placement) {
-        let applied = Applied { epoch: placement.epoch(), digest: placement.digest() };
-        self.standing.send_if_modified(|standing| replace(&mut standing.applied, applied));
+    pub fn set_applied(&self, placement: &Arc<Placement>) {
+        self.standing.send_if_modified(|standing| replace(&mut standing.applied, Stamp::of(placement)));
+    }
+
+    /// Reports at once that no placement is applied any more (a shard that the layout no longer has).
+    pub fn clear_applied(&self) {
+        self.standing.send_if_modified(|standing| replace(&mut standing.applied, Stamp::default()));
+    }
+
+    /// Changes the placement that is held and proven beside the applied one, and reports it at once.
+    pub fn set_prepared(&self, placement: Option<&Arc<Placement>>) {
+        let prepared = placement.map(Stamp::of).unwrap_or_default();
+        self.standing.send_if_modified(|standing| replace(&mut standing.prepared, prepared));
     }
 
     /// Resolves when the coordinator refuses our generation, with its words. Pending otherwise.
-    pub async fn refused(&self) -> String {
+    pub async fn refused(&self) -> GenerationRefused {
         let mut refusal = self.refusal.clone();
         loop {
             if let Some(reason) = refusal.borrow_and_update().clone() {
-                return reason;
+                return GenerationRefused { reason };
             }
             if refusal.changed().await.is_err() {
                 std::future::pending::<()>().await;
@@ -216,7 +261,7 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
                         coordinator = self.options.coordinator,
                         reason,
                         ?delay,
-                        "coordinator unreachable"
+                        "not in the coordinator's cluster; trying again"
                     );
                     if self.leaving_within(delay).await {
                         return;
@@ -242,7 +287,7 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
         };
         let (reports, outgoing) = mpsc::channel(PENDING_REPORTS);
         // The coordinator answers the call only after it has seen a report, so the first is queued before.
-        if reports.try_send(self.report()).is_err() {
+        if reports.try_send(self.first_report()).is_err() {
             return lost("report queue is full at birth".to_owned());
         }
         let mut client = v1::coordinator_client::CoordinatorClient::new(channel)
@@ -291,8 +336,21 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
         }
     }
 
+    fn first_report(&mut self) -> v1::Report {
+        let report = self.report();
+        let applied = self.standing.borrow().applied.clone();
+        // Read twice, so it may have changed in between; then epoch and digest of the whole one hold.
+        let stamp = Generation { epoch: applied.epoch, ..self.generation };
+        v1::Report {
+            generation: Some(stamp.into()),
+            placement_digest: applied.digest,
+            applied_placement: applied.placement.as_deref().map(v1::Placement::from),
+            ..report
+        }
+    }
+
     fn report(&mut self) -> v1::Report {
-        let standing = *self.standing.borrow();
+        let standing = self.standing.borrow().clone();
         let load = (self.load)();
         let member = Member { state: standing.state, ..self.member.clone() };
         v1::Report {
@@ -302,6 +360,9 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
             loading: load.loading,
             expert_load: load.expert_load,
             placement_digest: standing.applied.digest,
+            prepared_digest: standing.prepared.digest,
+            prepared_epoch: standing.prepared.epoch.0,
+            applied_placement: None,
         }
     }
 

@@ -48,11 +48,12 @@ pub trait Connect: Send + Sync + 'static {
     }
 }
 
-/// Runs the I/O of links on the thread that waits for it. A frame's round trip then wakes one thread less
-/// in each direction, which is most of what a small frame costs.
+/// Runs the I/O of dispatch streams on the thread that waits for it: a worker's engine for answers, a shard's
+/// compute thread for frames. A round trip then wakes two threads less, which is most of what a small frame
+/// costs.
 pub trait Drive: Send + Sync + 'static {
-    /// Runs `send`, which hands frames of `bytes` in all to links, and writes what the sockets take at once.
-    /// The rest is written in the background.
+    /// Runs `send`, which hands frames or answers of `bytes` in all to streams, and writes what the sockets
+    /// take at once. The rest is written in the background.
     fn flush(&self, bytes: usize, send: &mut dyn FnMut());
 
     /// Runs I/O until `event` is notified or the deadline passes. False if this thread cannot (it is

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use cadre_types::{NumericsClass, ShardIndex};
+use cadre_types::{NumericsClass, PodRef, ShardIndex};
 use serde::Serialize;
 use tokio::sync::oneshot;
 
@@ -33,6 +33,8 @@ pub struct ExpertOptions {
     pub threads: Option<NonZeroUsize>,
     /// Longest that frames are waited for when the shard is told to stop.
     pub drain: Duration,
+    /// The pod that it runs in; `None` outside Kubernetes.
+    pub pod: Option<PodRef>,
     /// Receives the real addresses once every port is bound.
     pub bound: Option<oneshot::Sender<BoundAddresses>>,
 }
@@ -51,6 +53,7 @@ impl ExpertOptions {
             numerics: NumericsClass::default(),
             threads: None,
             drain: Duration::from_secs(5),
+            pod: None,
             bound: None,
         }
     }

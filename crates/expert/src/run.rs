@@ -1,29 +1,46 @@
 //! The process: bind, register, load, prove, serve, drain.
 //!
 //! Ports are bound and answered first, so that health says "alive, not ready" while weights load. The
-//! coordinator learns of us as `Starting`; each view with a new placement is loaded on a thread of its own
-//! while the former placement goes on serving; `Ready` is reported only after a real step through every
-//! layer. While the coordinator is away the last placement is served. On the way out `Draining` is
-//! reported first, so that workers choose other copies; frames already on their way are still computed,
-//! within a bound.
+//! coordinator learns of us as `Starting`; `Ready` is reported only after a real step through every layer.
+//! While the coordinator is away the last placement is served. On the way out `Draining` is reported
+//! first, so that workers choose other copies; frames already on their way are still computed, within a
+//! bound.
+//!
+//! **Change of layout.** A view asks for up to two placements, the one in force and the next. Each is loaded
+//! on a thread of its own beside what is held, proven by a step of its own, and only then reported, as
+//! applied or as prepared. Placements before the view's oldest epoch are dropped. A load is given up when a
+//! newer view does not want it any more. A shard that no placement has holds nothing and waits, unready.
 
 use std::{
     future::Future,
     net::SocketAddr,
-    sync::{Arc, atomic::Ordering},
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, bail};
 use cadre_checkpoint::Checkpoint;
-use cadre_dispatch::{ExpertServer, LoadReport, Membership, MembershipOptions, membership, tuning};
+use cadre_dispatch::{
+    Driver, ExpertServer, IoThread, LoadReport, Membership, MembershipOptions, membership, tuning,
+};
 use cadre_ops::Backend;
 use cadre_ops_cpu::{CpuBackend, CpuOptions};
 use cadre_proto::v1;
 use cadre_shard::{ApplyError, CheckpointSource, Shard, ShardOptions};
 use cadre_telemetry::{Metrics, Readiness, admin, axum};
-use cadre_types::{Generation, Member, MemberId, MemberState, Placement, PlacementEpoch, Role, ShardIndex};
-use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
+use cadre_types::{
+    ClusterView, Generation, Member, MemberId, MemberState, Placement, PlacementEpoch, Role, ShardIndex,
+};
+use tokio::{
+    net::TcpListener,
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
+use tonic::transport::server::Router;
 
 use crate::{
     metrics::ExpertMetrics,
@@ -41,6 +58,8 @@ const SERVICE_NAME: &str = "cadre.v1.Expert";
 
 /// How often counters are brought up to date and the compute thread is looked after.
 const REFRESH: Duration = Duration::from_millis(500);
+/// Pause after a placement could not be loaded while another one is served.
+const RETRY: Duration = Duration::from_secs(5);
 /// Bound on the step that proves a placement.
 const SELF_TEST_BOUND: Duration = Duration::from_secs(60);
 /// Frames that workers sent before they learned that we drain are over when none came for this long.
@@ -76,9 +95,59 @@ struct Expert {
     readiness: Readiness,
     health: tonic_health::server::HealthReporter,
     metrics: ExpertMetrics,
-    server: JoinHandle<Result<(), tonic::transport::Error>>,
-    close_server: oneshot::Sender<()>,
+    server: GrpcServer,
     admin: JoinHandle<()>,
+}
+
+/// The gRPC server, on the runtime that the compute thread drives while it waits for frames.
+struct GrpcServer {
+    task: JoinHandle<Result<(), tonic::transport::Error>>,
+    close: Option<oneshot::Sender<()>>,
+    shard: Arc<Shard<CpuBackend>>,
+    _io: IoThread,
+}
+
+impl GrpcServer {
+    fn start(
+        io: IoThread,
+        services: Router,
+        listener: TcpListener,
+        shard: Arc<Shard<CpuBackend>>,
+    ) -> Result<Self> {
+        // A socket belongs to the runtime in which it was made; this one has been bound before.
+        let listener = listener.into_std().context("hand the listener over")?;
+        let (close, closed) = oneshot::channel::<()>();
+        let task = io.handle().runtime().spawn(async move {
+            let listener = match TcpListener::from_std(listener) {
+                Ok(listener) => listener,
+                Err(error) => {
+                    tracing::error!(%error, "the listener could not be taken over");
+                    return Ok(());
+                }
+            };
+            let until = async move {
+                // Resolves on the signal and when the shard is dropped.
+                let _ = closed.await;
+            };
+            services.serve_with_incoming_shutdown(tuning::incoming(listener), until).await
+        });
+        Ok(Self { task, close: Some(close), shard, _io: io })
+    }
+
+    /// Closes it, bounded.
+    async fn stop(mut self) {
+        self.close.take();
+        // Workers keep their streams open; what is left then is ended by `drop`.
+        let _ = tokio::time::timeout(CLOSE_BOUND, &mut self.task).await;
+    }
+}
+
+impl Drop for GrpcServer {
+    fn drop(&mut self) {
+        self.task.abort();
+        // Open streams hold the shard, the shard's thread the runtime, and the runtime the streams.
+        self.shard.stop();
+    }
 }
 
 impl Expert {
@@ -89,6 +158,8 @@ impl Expert {
         let address = advertised(options.advertise.as_deref(), grpc_address)?;
         let dir = options.model_dir.clone();
         let (numerics, threads) = (options.numerics, options.threads);
+        let io = IoThread::start("cadre-expert-io").context("start the dispatch I/O thread")?;
+        let drive = Arc::new(Driver::new(io.handle()));
         let (shard, weights) = on_thread("cadre-open", move || -> Result<_> {
             let checkpoint = Arc::new(Checkpoint::open(&dir)?);
             let cpu = CpuOptions { threads: threads.map(usize::from), ..CpuOptions::new(numerics) };
@@ -97,7 +168,8 @@ impl Expert {
             let weights = Generation { model: checkpoint.model_hash(), numerics, epoch: PlacementEpoch(0) };
             let hidden = checkpoint.config().hidden_size;
             let source = Arc::new(CheckpointSource::new(backend.clone(), checkpoint));
-            let shard = Shard::spawn(ShardOptions { shard: index, weights, hidden }, backend, source)?;
+            let identity = ShardOptions { shard: index, weights, hidden };
+            let shard = Shard::spawn(identity, backend, source, Some(drive))?;
             Ok((Arc::new(shard), weights))
         })
         .await??;
@@ -116,16 +188,10 @@ impl Expert {
         ]);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing).await;
-        let (close_server, closed) = oneshot::channel::<()>();
-        let server = tokio::spawn(
-            tuning::server()
-                .add_service(health_service)
-                .add_service(ExpertServer::new(shard.clone()).into_service())
-                .serve_with_incoming_shutdown(tuning::incoming(grpc), async move {
-                    // Resolves on the signal and when the shard is dropped.
-                    let _ = closed.await;
-                }),
-        );
+        let services = tuning::server()
+            .add_service(health_service)
+            .add_service(ExpertServer::new(shard.clone()).into_service());
+        let server = GrpcServer::start(io, services, grpc, shard.clone())?;
         let serving_admin = admin::serve(admin_listener, metrics, readiness.clone(), axum::Router::new());
         let admin = tokio::spawn(async move {
             if let Err(error) = serving_admin.await {
@@ -137,17 +203,7 @@ impl Expert {
             shard = index.0, address, admin = %admin_address, model = %weights.model,
             numerics = %weights.numerics, "expert shard started"
         );
-        Ok(Self {
-            index,
-            shard,
-            membership,
-            readiness,
-            health,
-            metrics: expert_metrics,
-            server,
-            close_server,
-            admin,
-        })
+        Ok(Self { index, shard, membership, readiness, health, metrics: expert_metrics, server, admin })
     }
 
     /// Follows placements and serves. Returns only with what ended it.
@@ -155,9 +211,7 @@ impl Expert {
         tokio::select! {
             ended = self.follow_views() => ended,
             ended = self.watch_over() => ended,
-            reason = self.membership.refused() => {
-                bail!("the coordinator refused {}: {reason}", self.index)
-            }
+            refused = self.membership.refused() => Err(anyhow::Error::from(refused).context(self.index)),
         }
     }
 
@@ -174,58 +228,134 @@ impl Expert {
         }
     }
 
+    /// Holds what each view asks for, one placement after the other.
     async fn follow_views(&self) -> Result<()> {
         let mut views = self.membership.views();
+        let mut proven = Vec::new();
         loop {
             let view = views.borrow_and_update().clone();
-            if let Some(view) = view {
-                self.follow(&view.placement).await?;
+            let Some(view) = view else {
+                views.changed().await.context("the membership has ended")?;
+                continue;
+            };
+            self.readiness.met(PLACEMENT);
+            self.shard.release(|epoch| is_wanted(&view, epoch));
+            proven.retain(|proven: &Arc<Placement>| self.shard.holds(proven));
+            self.settle(&view, &proven).await;
+            match self.missing(&view, &proven) {
+                Some(placement) => {
+                    if let Some(held) = self.take_up(placement, &mut views).await? {
+                        proven.push(held);
+                    }
+                }
+                None => views.changed().await.context("the membership has ended")?,
             }
-            views.changed().await.context("the membership has ended")?;
         }
     }
 
-    /// Loads a placement and proves it. An error if nothing can be served; a placement that fails while
-    /// another is in force is logged, and the other stays.
-    async fn follow(&self, placement: &Arc<Placement>) -> Result<()> {
-        self.readiness.met(PLACEMENT);
+    /// The first placement of a view that has us and that we do not hold and have not proven: the one in
+    /// force before the one to come.
+    fn missing(&self, view: &ClusterView, proven: &[Arc<Placement>]) -> Option<Arc<Placement>> {
+        let wanted = [Some(&view.placement), view.next.as_ref()].into_iter().flatten();
+        wanted
+            .filter(|placement| self.is_in(placement))
+            .find(|placement| !contains(proven, placement))
+            .cloned()
+    }
+
+    fn is_in(&self, placement: &Placement) -> bool {
+        self.index.index() < placement.num_shards()
+    }
+
+    /// Loads a placement and proves it. `None` if a newer view does not want it any more, or if it could
+    /// not be loaded while another one is served: then it is tried again, after a pause or for the next
+    /// view. An error if nothing can be served.
+    async fn take_up(
+        &self,
+        placement: Arc<Placement>,
+        views: &mut watch::Receiver<Option<Arc<ClusterView>>>,
+    ) -> Result<Option<Arc<Placement>>> {
         let epoch = placement.epoch();
-        if self.shard.epoch() == Some(epoch) {
-            return Ok(());
-        }
         let began = Instant::now();
         tracing::info!(%epoch, "loading experts");
-        let (shard, wanted) = (self.shard.clone(), placement.clone());
-        let applied = on_thread("cadre-load", move || shard.apply(&wanted)).await?;
-        match applied {
-            Ok(()) => {}
-            Err(error @ ApplyError::UnknownShard { .. }) => {
-                // Not ours to decide: the next placement may have us again.
-                tracing::error!(%error, "placement not applied");
-                self.readiness.unmet(WEIGHTS, error.to_string());
-                return Ok(());
+        let given_up = Arc::new(AtomicBool::new(false));
+        let (shard, wanted, stop) = (self.shard.clone(), placement.clone(), given_up.clone());
+        let mut loading = pin!(on_thread("cadre-load", move || shard.hold(&wanted, &stop)));
+        let loaded = loop {
+            tokio::select! {
+                loaded = &mut loading => break loaded?,
+                changed = views.changed() => {
+                    changed.context("the membership has ended")?;
+                    let view = views.borrow_and_update().clone();
+                    if view.is_some_and(|view| !asks_for(&view, &placement)) {
+                        given_up.store(true, Ordering::Release);
+                    }
+                }
             }
-            Err(error) if self.shard.epoch().is_some() => {
-                tracing::error!(%error, "placement not applied; the former one stays");
-                return Ok(());
+        };
+        // What came meanwhile is looked at by the caller.
+        views.mark_changed();
+        match loaded {
+            Ok(()) => {}
+            Err(ApplyError::GivenUp { .. }) => {
+                tracing::info!(%epoch, "not wanted any more");
+                return Ok(None);
+            }
+            Err(error) if !self.shard.epochs().is_empty() => {
+                tracing::error!(%error, retry = ?RETRY, "placement not loaded; what is held is served");
+                tokio::time::sleep(RETRY).await;
+                return Ok(None);
             }
             Err(error) => return Err(error.into()),
         }
-        self.readiness.met(WEIGHTS);
         let (experts, bytes) = self.shard.resident();
         tracing::info!(%epoch, experts, bytes, seconds = began.elapsed().as_secs_f64(), "experts loaded");
-
         let shard = self.shard.clone();
-        let tested = on_thread("cadre-self-test", move || shard.self_test(SELF_TEST_BOUND)).await?;
+        let tested = on_thread("cadre-self-test", move || shard.self_test(epoch, SELF_TEST_BOUND)).await?;
         tested.with_context(|| format!("{} under {epoch}", self.index))?;
-        self.readiness.met(STEP);
-        self.readiness.met(SERVING);
-        self.health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::Serving).await;
+        Ok(Some(placement))
+    }
+
+    /// Says what is held and proven to everybody who asks.
+    async fn settle(&self, view: &ClusterView, proven: &[Arc<Placement>]) {
+        let next = view.next.as_ref().filter(|next| contains(proven, next));
+        if contains(proven, &view.placement) && self.shard.epoch() != Some(view.placement.epoch()) {
+            self.shard.put_in_force(view.placement.epoch());
+            tracing::info!(shard = self.index.0, epoch = %view.placement.epoch(), "expert shard ready");
+        }
+        // Applied before prepared, and prepared before ready: what is reported is never more than is held.
+        if contains(proven, &view.placement) {
+            self.membership.set_applied(&view.placement);
+        } else if self.shard.epochs().is_empty() {
+            self.membership.clear_applied();
+        }
+        self.membership.set_prepared(next);
         self.metrics.refresh(&self.shard);
-        self.membership.set_applied(placement);
-        self.membership.set_state(MemberState::Ready);
-        tracing::info!(shard = self.index.0, %epoch, "expert shard ready");
-        Ok(())
+        if proven.is_empty() {
+            let why = match [Some(&view.placement), view.next.as_ref()]
+                .into_iter()
+                .flatten()
+                .any(|p| self.is_in(p))
+            {
+                true => format!("the experts of {} are being loaded", view.placement.epoch()),
+                false => format!(
+                    "{} has {} shards and this is {}; waiting for a layout with it",
+                    view.placement.epoch(),
+                    view.placement.num_shards(),
+                    self.index
+                ),
+            };
+            self.readiness.unmet(WEIGHTS, why.clone());
+            self.readiness.unmet(STEP, why);
+            self.health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing).await;
+            self.membership.set_state(MemberState::Starting);
+        } else {
+            for condition in [WEIGHTS, STEP, SERVING] {
+                self.readiness.met(condition);
+            }
+            self.health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::Serving).await;
+            self.membership.set_state(MemberState::Ready);
+        }
     }
 
     /// Lets workers go elsewhere, finishes what they have sent, leaves, closes.
@@ -242,11 +372,7 @@ impl Expert {
             tracing::warn!(?drain, "frames are left that were not computed in time");
         }
         self.membership.leave().await;
-        drop(self.close_server);
-        let mut server = self.server;
-        if tokio::time::timeout(CLOSE_BOUND, &mut server).await.is_err() {
-            server.abort();
-        }
+        self.server.stop().await;
         self.admin.abort();
         tracing::info!(shard = self.index.0, "expert shard stopped");
     }
@@ -265,6 +391,29 @@ impl Expert {
     }
 }
 
+/// Whether a view has a use for an epoch: the one in force, the one to come, and those that workers may
+/// still be on.
+fn is_wanted(view: &ClusterView, epoch: PlacementEpoch) -> bool {
+    let in_force = view.placement.epoch();
+    epoch == in_force
+        || view.next.as_ref().is_some_and(|next| next.epoch() == epoch)
+        || (view.oldest_epoch..in_force).contains(&epoch)
+}
+
+/// Whether a view asks for this very placement.
+fn asks_for(view: &ClusterView, placement: &Placement) -> bool {
+    [Some(&view.placement), view.next.as_ref()].into_iter().flatten().any(|asked| same(asked, placement))
+}
+
+fn contains(placements: &[Arc<Placement>], placement: &Placement) -> bool {
+    placements.iter().any(|known| same(known, placement))
+}
+
+/// Epoch and slots; the digest first says most often that they differ.
+fn same(a: &Placement, b: &Placement) -> bool {
+    a.epoch() == b.epoch() && a.digest() == b.digest()
+}
+
 fn join(
     options: &ExpertOptions,
     address: String,
@@ -278,6 +427,7 @@ fn join(
         role: Role::Expert(options.shard),
         address,
         state: MemberState::Starting,
+        pod: options.pod.clone(),
     };
     let shard = Arc::downgrade(shard);
     let load = move || {

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
+    collections::HashMap,
     net::SocketAddr,
     num::NonZeroUsize,
     path::{Path, PathBuf},
@@ -42,12 +43,16 @@ struct Coordinator {
     refuse: Option<&'static str>,
     /// Every (state, applied epoch) that was reported, in order, repeats left out.
     reported: Arc<Mutex<Vec<(MemberState, u64)>>>,
+    /// Epoch of the prepared placement that each member reported last.
+    prepared: Arc<Mutex<HashMap<String, u64>>>,
 }
 
 impl Coordinator {
     fn record(&self, report: &v1::Report) {
         let member = Member::try_from(report.member.as_ref().unwrap()).unwrap();
         let epoch = report.generation.as_ref().unwrap().epoch;
+        assert_eq!(report.prepared_epoch == 0, report.prepared_digest == 0);
+        self.prepared.lock().unwrap().insert(member.id.0.clone(), report.prepared_epoch);
         let mut reported = self.reported.lock().unwrap();
         if reported.last() != Some(&(member.state, epoch)) {
             reported.push((member.state, epoch));
@@ -86,6 +91,15 @@ impl v1::coordinator_server::Coordinator for Coordinator {
         let views = WatchStream::new(self.view.subscribe()).map(|view| Ok((&view).into()));
         Ok(Response::new(Box::pin(views)))
     }
+
+    type OperateStream = tokio_stream::Empty<Result<v1::CoordinatorStatus, Status>>;
+
+    async fn operate(
+        &self,
+        _request: Request<Streaming<v1::OperatorView>>,
+    ) -> Result<Response<Self::OperateStream>, Status> {
+        Err(Status::unimplemented("no operator in this test"))
+    }
 }
 
 /// A checkpoint, a coordinator for it, and where it listens.
@@ -122,8 +136,13 @@ impl Cluster {
             epoch: PlacementEpoch(1),
         };
         let placement = Arc::new(placement(&checkpoint, 1, shards));
-        let view = ClusterView { generation, placement, members: Vec::new() };
-        let coordinator = Coordinator { view: watch::Sender::new(view), refuse, reported: Arc::default() };
+        let view = ClusterView::settled(generation, placement, Vec::new());
+        let coordinator = Coordinator {
+            view: watch::Sender::new(view),
+            refuse,
+            reported: Arc::default(),
+            prepared: Arc::default(),
+        };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let service = v1::coordinator_server::CoordinatorServer::new(coordinator.clone());
@@ -163,13 +182,13 @@ impl Cluster {
     }
 
     async fn wait_reported(&self, wanted: (MemberState, u64)) {
-        let reported = || self.coordinator.reported.lock().unwrap().contains(&wanted);
-        let waiting = async {
-            while !reported() {
-                tokio::time::sleep(Duration::from_millis(2)).await; // between looks
-            }
-        };
-        tokio::time::timeout(PATIENCE, waiting).await.expect("reported in time");
+        until("reported", || self.coordinator.reported.lock().unwrap().contains(&wanted)).await;
+    }
+
+    /// Waits until exactly so many shards report this epoch as prepared.
+    async fn wait_prepared(&self, shards: usize, epoch: u64) {
+        let prepared = || self.coordinator.prepared.lock().unwrap().values().filter(|p| **p == epoch).count();
+        until("prepared", || prepared() == shards).await;
     }
 
     /// Sends a batch through every MoE layer by this view; blocking, so on its own thread.
@@ -203,6 +222,15 @@ impl Cluster {
         };
         tokio::task::spawn_blocking(blocking).await.unwrap()
     }
+}
+
+async fn until(what: &str, condition: impl Fn() -> bool) {
+    let waiting = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(2)).await; // between looks
+        }
+    };
+    tokio::time::timeout(PATIENCE, waiting).await.unwrap_or_else(|_| panic!("{what} in time"));
 }
 
 /// A running role.
@@ -284,7 +312,10 @@ async fn follows_a_new_placement_without_a_restart() {
 async fn a_refusal_by_the_coordinator_ends_the_process_with_its_words() {
     let cluster = Cluster::new(1, Some("numerics class bf16 is not ours (fp8)")).await;
     let error = cluster.start(0).fails().await;
-    assert!(error.contains("refused shard 0: numerics class bf16 is not ours (fp8)"), "{error}");
+    assert!(
+        error.contains("shard 0: the coordinator refused this member: numerics class bf16 is not ours (fp8)"),
+        "{error}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -302,10 +333,82 @@ async fn a_shard_that_the_placement_does_not_have_waits_unready() {
     let mut process = cluster.start(1);
     let addresses = (&mut process.addresses).await.unwrap();
     let waiting = async {
-        while !get(addresses.admin, "/readyz").await.contains("1 shards and we are shard 1") {
+        while !get(addresses.admin, "/readyz").await.contains("epoch 1 has 1 shards and this is shard 1") {
             tokio::time::sleep(Duration::from_millis(5)).await; // between looks
         }
     };
     tokio::time::timeout(PATIENCE, waiting).await.expect("the reason shows");
+    process.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_next_placement_is_prepared_beside_the_one_in_force_and_both_are_answered() {
+    let cluster = Cluster::new(2, None).await;
+    let shards = [cluster.start(0), cluster.start(1)];
+    let before = cluster.wait_ready(2).await;
+    let rows = cluster.exchange(before.clone()).await;
+
+    // From two shards to three; the third waits for it, held by nothing.
+    let mut third = cluster.start(2);
+    let admin = (&mut third.addresses).await.unwrap().admin;
+    let next = Arc::new(placement(&cluster.checkpoint, 2, 3));
+    cluster.coordinator.view.send_modify(|view| view.next = Some(next.clone()));
+    cluster.wait_ready(3).await;
+    cluster.wait_prepared(3, 2).await;
+    assert!(get(admin, "/readyz").await.starts_with("HTTP/1.1 200"), "ready for the next placement");
+    assert!(cluster.exchange(before.clone()).await == rows, "the one in force is untouched");
+
+    cluster.coordinator.view.send_modify(|view| {
+        view.placement = next.clone();
+        view.generation.epoch = next.epoch();
+        view.next = None;
+    });
+    let flipped = cluster.wait(|view| view.generation.epoch == next.epoch()).await;
+    assert!(cluster.exchange(flipped).await == rows, "under the new placement");
+    assert!(cluster.exchange(before.clone()).await == rows, "by a worker that has not taken it up yet");
+
+    // Nobody is left on the old one: it goes, and the memory with it.
+    cluster.coordinator.view.send_modify(|view| view.oldest_epoch = next.epoch());
+    let waiting = async {
+        while !get(admin, "/metrics").await.contains("cadre_expert_placement_epoch 2") {
+            tokio::time::sleep(Duration::from_millis(5)).await; // between looks
+        }
+    };
+    tokio::time::timeout(PATIENCE, waiting).await.expect("in force");
+
+    // And back to two: the third holds nothing in the end, and says that it waits.
+    let back = Arc::new(placement(&cluster.checkpoint, 3, 2));
+    cluster.coordinator.view.send_modify(|view| view.next = Some(back.clone()));
+    cluster.wait_prepared(2, 3).await;
+    cluster.coordinator.view.send_modify(|view| {
+        view.placement = back.clone();
+        view.generation.epoch = back.epoch();
+        view.oldest_epoch = back.epoch();
+        view.next = None;
+    });
+    cluster.wait_reported((MemberState::Starting, 0)).await;
+    let waiting = async {
+        while !get(admin, "/metrics").await.contains("cadre_expert_resident_experts 0") {
+            tokio::time::sleep(Duration::from_millis(5)).await; // between looks
+        }
+    };
+    tokio::time::timeout(PATIENCE, waiting).await.expect("everything is dropped");
+    for process in shards.into_iter().chain([third]) {
+        process.stop().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_next_placement_that_is_replaced_is_forgotten() {
+    let cluster = Cluster::new(1, None).await;
+    let process = cluster.start(0);
+    cluster.wait_reported((MemberState::Ready, 1)).await;
+    for epoch in 2..6 {
+        let next = Arc::new(placement(&cluster.checkpoint, epoch, 1));
+        cluster.coordinator.view.send_modify(|view| view.next = Some(next));
+    }
+    cluster.wait_prepared(1, 5).await;
+    cluster.coordinator.view.send_modify(|view| view.next = None);
+    cluster.wait_prepared(1, 0).await;
     process.stop().await.unwrap();
 }

@@ -21,5 +21,5 @@ pub mod plan;
 pub mod report;
 
 pub use load::{ExpertLoad, LayerLoad, LoadError};
-pub use plan::{PlanError, plan_initial};
+pub use plan::{DomainIndex, PlanError, affordable_copies, plan_initial};
 pub use report::{PlacementReport, ReportError, explain};

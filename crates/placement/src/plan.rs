@@ -4,51 +4,68 @@
 //! slot, and the wider ones rotate from layer to layer so that over all layers shards differ by at most
 //! one slot as well.
 //!
-//! **Copies.** First safety: everyone gets `1 + redundant_slots / num_experts` copies (so with as many
-//! redundant slots as experts, two). Then load: each slot left goes to the expert with the most tokens per
-//! copy; on ties to the one with fewer copies, then to the lowest id. Within one guaranteed minimum, more
-//! redundant slots never raise the largest load of a copy. Where another slot raises the minimum it can:
-//! three spare slots may all serve the hottest expert, and a fourth buys everyone's second copy instead.
+//! **Copies.** First safety: everyone gets the layout's `min_copies`. Then load: each slot left goes to the
+//! expert with the most tokens per copy; on ties to the one with fewer copies, then to the lowest id. With
+//! the same minimum, more redundant slots never raise the largest load of a copy.
 //!
-//! **Places** are chosen by `pack`: heaviest first, copies of an expert on different shards.
+//! **Places** are chosen by `pack`: heaviest first, copies of an expert on different shards, and its first
+//! `min_copies` copies in different failure domains wherever the domains have the slots for it.
 
-use cadre_types::{LayerPlacement, LogicalExpert, Placement, PlacementEpoch, PlacementError};
+use cadre_types::{LayerPlacement, Layout, LogicalExpert, Placement, PlacementEpoch, PlacementError};
 
-use crate::{load::ExpertLoad, pack::pack};
+use crate::{
+    load::ExpertLoad,
+    pack::{Domains, pack},
+};
+
+/// Failure domain of a shard: an index that shards which fail together share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DomainIndex(pub u16);
 
 /// Ids of experts and shards are 16 bits wide.
 const ID_LIMIT: usize = 1 << 16;
 
-/// Plans a placement from nothing. `redundant_slots` counts the extra slots of a layer over all shards.
-/// The same load, or a multiple of it, gives the same plan.
+/// Plans a placement from nothing. `domains` is the failure domain of each shard, `None` where it is not
+/// known (such a shard counts as a domain of its own); empty if none is known. The same load, or a
+/// multiple of it, gives the same plan.
 pub fn plan_initial(
     load: &ExpertLoad,
     num_experts: usize,
-    shards: usize,
-    redundant_slots: usize,
+    layout: Layout,
+    domains: &[Option<DomainIndex>],
     epoch: PlacementEpoch,
 ) -> Result<Placement, PlanError> {
-    check(load, num_experts, shards, redundant_slots)?;
+    check(load, num_experts, layout, domains)?;
+    let (shards, redundant_slots) = (usize::from(layout.shards), layout.redundant_slots as usize);
+    let min_copies = usize::from(layout.min_copies);
     let slots = num_experts + redundant_slots;
+    let domains = Domains::new(domains, shards);
     let layers = load.layers().iter().enumerate().map(|(at, layer)| {
         let tokens = reduced(&layer.tokens);
-        let copies = copies_per_expert(&tokens, shards, redundant_slots);
-        let held = pack(&tokens, &copies, &slots_per_shard(slots, shards, at));
+        let copies = copies_per_expert(&tokens, shards, min_copies, redundant_slots);
+        let held = pack(&tokens, &copies, &slots_per_shard(slots, shards, at), min_copies, &domains);
         LayerPlacement { layer: layer.layer, slots: held.iter().map(|on| logical(on)).collect() }
     });
     Ok(Placement::new(epoch, num_experts, layers.collect())?)
 }
 
+/// The most copies that redundant slots can guarantee to every expert.
+pub fn affordable_copies(num_experts: usize, redundant_slots: usize) -> usize {
+    1 + redundant_slots / num_experts.max(1)
+}
+
 fn check(
     load: &ExpertLoad,
     num_experts: usize,
-    shards: usize,
-    redundant_slots: usize,
+    layout: Layout,
+    domains: &[Option<DomainIndex>],
 ) -> Result<(), PlanError> {
+    let (shards, redundant_slots) = (usize::from(layout.shards), layout.redundant_slots as usize);
+    let min_copies = usize::from(layout.min_copies);
     if load.num_experts() != num_experts {
         return Err(PlanError::ExpertCount { found: load.num_experts(), expected: num_experts });
     }
-    for (what, value) in [("experts", num_experts), ("shards", shards)] {
+    for (what, value) in [("experts", num_experts), ("shards", shards), ("copies", min_copies)] {
         if !(1..=ID_LIMIT).contains(&value) {
             return Err(PlanError::Count { what, value, most: ID_LIMIT });
         }
@@ -64,6 +81,13 @@ fn check(
     if shards > slots {
         return Err(PlanError::IdleShards { shards, slots });
     }
+    let needed = num_experts * (min_copies - 1);
+    if min_copies > shards || needed > redundant_slots {
+        return Err(PlanError::TooFewSlots { min_copies, shards, redundant_slots, needed, num_experts });
+    }
+    if !domains.is_empty() && domains.len() != shards {
+        return Err(PlanError::DomainCount { found: domains.len(), shards });
+    }
     Ok(())
 }
 
@@ -78,10 +102,10 @@ fn gcd(a: u64, b: u64) -> u64 {
 }
 
 /// Copies of each expert: the guaranteed minimum, and the rest by load; never more than shards.
-fn copies_per_expert(tokens: &[u64], shards: usize, redundant_slots: usize) -> Vec<usize> {
+fn copies_per_expert(tokens: &[u64], shards: usize, min_copies: usize, redundant_slots: usize) -> Vec<usize> {
     let num_experts = tokens.len();
-    let mut copies = vec![1 + redundant_slots / num_experts; num_experts];
-    for _ in 0..redundant_slots % num_experts {
+    let mut copies = vec![min_copies; num_experts];
+    for _ in 0..redundant_slots - num_experts * (min_copies - 1) {
         let hottest = (0..num_experts)
             .filter(|&expert| copies[expert] < shards)
             .max_by(|&a, &b| {
@@ -163,6 +187,31 @@ pub enum PlanError {
         shards: usize,
         /// Slots per layer.
         slots: usize,
+    },
+    /// The copies asked for have no slots, or no shards.
+    #[error(
+        "plan: {min_copies} copies of each of {num_experts} experts need {min_copies} shards and {needed} \
+         redundant slots, there are {shards} shards and {redundant_slots} redundant slots"
+    )]
+    TooFewSlots {
+        /// Copies asked for.
+        min_copies: usize,
+        /// Shards.
+        shards: usize,
+        /// Redundant slots per layer.
+        redundant_slots: usize,
+        /// Redundant slots that the copies need.
+        needed: usize,
+        /// Experts per layer.
+        num_experts: usize,
+    },
+    /// Domains are given for another number of shards.
+    #[error("plan: failure domains of {found} shards, expected {shards} or none")]
+    DomainCount {
+        /// How many are given.
+        found: usize,
+        /// Shards.
+        shards: usize,
     },
     /// The plan is not a valid placement; the message says where.
     #[error(transparent)]

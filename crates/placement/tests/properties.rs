@@ -2,11 +2,11 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use cadre_placement::{
-    ExpertLoad, LayerLoad,
+    DomainIndex, ExpertLoad, LayerLoad, affordable_copies,
     eplb::{ClusterShape, rebalance_experts},
     explain, plan_initial,
 };
-use cadre_types::{LayerId, LogicalExpert, Placement, PlacementEpoch, ShardIndex};
+use cadre_types::{LayerId, Layout, LogicalExpert, Placement, PlacementEpoch, ShardIndex};
 use proptest::prelude::*;
 
 #[derive(Clone, Debug)]
@@ -17,9 +17,15 @@ struct Input {
     redundant: usize,
 }
 
+fn layout(experts: usize, shards: usize, redundant: usize) -> Layout {
+    let min_copies = affordable_copies(experts, redundant) as u16;
+    Layout { shards: shards as u16, redundant_slots: redundant as u32, min_copies }
+}
+
 impl Input {
     fn plan_with(&self, load: &ExpertLoad, redundant: usize) -> Placement {
-        plan_initial(load, self.experts, self.shards, redundant, PlacementEpoch(5)).unwrap()
+        let layout = layout(self.experts, self.shards, redundant);
+        plan_initial(load, self.experts, layout, &[], PlacementEpoch(5)).unwrap()
     }
 
     fn plan(&self) -> Placement {
@@ -126,6 +132,47 @@ proptest! {
         }
     }
 
+    /// Guaranteed copies lie in different domains wherever the domains have the slots for it (the condition
+    /// is that of `pack`, here from the slots that the plan came out with). Copies beyond the guarantee take
+    /// slots, too, and how many there are is decided by load alone; each may cost one expert a domain.
+    #[test]
+    fn guaranteed_copies_lie_in_different_domains_where_that_is_possible(
+        input in input(),
+        seed in prop::collection::vec(prop::option::weighted(0.8, 0u16..4), 8),
+        fewer in any::<prop::sample::Index>(),
+    ) {
+        let affordable = affordable_copies(input.experts, input.redundant);
+        let min_copies = 1 + fewer.index(affordable);
+        let layout = Layout { min_copies: min_copies as u16, ..layout(input.experts, input.shards, input.redundant) };
+        let domains: Vec<Option<DomainIndex>> =
+            seed[..input.shards].iter().map(|domain| domain.map(DomainIndex)).collect();
+        let plan = || plan_initial(&input.load, input.experts, layout, &domains, PlacementEpoch(5)).unwrap();
+        let placement = plan();
+        prop_assert_eq!(&placement, &plan());
+        // Unknown ones are domains of their own.
+        let domain = |shard: usize| domains[shard].map_or(100 + shard, |domain| usize::from(domain.0));
+        let count = (0..input.shards).map(domain).collect::<std::collections::BTreeSet<_>>().len();
+        let wanted = min_copies.min(count);
+        for layer in placement.layers() {
+            let mut room = std::collections::BTreeMap::new();
+            for (shard, slots) in layer.slots.iter().enumerate() {
+                *room.entry(domain(shard)).or_insert(0) += slots.len();
+            }
+            let usable: usize = room.values().map(|&room| room.min(input.experts)).sum();
+            let possible = usable >= input.experts * wanted;
+            let extra = input.redundant - input.experts * (min_copies - 1);
+            let mut short = 0;
+            for expert in (0..input.experts as u16).map(LogicalExpert) {
+                let copies = placement.replicas(layer.layer, expert);
+                prop_assert!(copies.len() >= min_copies);
+                let spread: std::collections::BTreeSet<usize> =
+                    copies.iter().map(|copy| domain(copy.shard.index())).collect();
+                short += usize::from(spread.len() < wanted);
+            }
+            prop_assert!(!possible || short <= extra, "{short} experts in fewer than {wanted} domains");
+        }
+    }
+
     #[test]
     fn a_report_counts_every_token_and_every_lone_expert(input in input()) {
         let placement = input.plan();
@@ -159,7 +206,7 @@ fn a_v3_sized_plan_balances_like_the_published_global_one() {
     for exponent in [0.0, 0.6, 1.0, 1.4] {
         let tokens = zipf(exponent);
         let load = ExpertLoad::new(vec![LayerLoad { layer: LayerId(3), tokens: tokens.clone() }]).unwrap();
-        let placement = plan_initial(&load, 256, 32, 32, PlacementEpoch(1)).unwrap();
+        let placement = plan_initial(&load, 256, layout(256, 32, 32), &[], PlacementEpoch(1)).unwrap();
         let ours = explain(&placement, &load).unwrap().imbalance;
 
         let weight: Vec<f32> = tokens.iter().map(|&tokens| tokens as f32).collect();

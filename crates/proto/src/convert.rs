@@ -179,6 +179,7 @@ impl From<&t::Member> for v1::Member {
             shard,
             address: member.address.clone(),
             state: v1::MemberState::from(member.state).into(),
+            pod: member.pod.as_ref().map(v1::PodRef::from),
         }
     }
 }
@@ -204,7 +205,8 @@ impl TryFrom<&v1::Member> for t::Member {
                 return Err(ConvertError::UnknownEnum { field: "member.state", value: wire.state });
             }
         };
-        Ok(Self { id: t::MemberId(wire.id.clone()), role, address: wire.address.clone(), state })
+        let pod = wire.pod.as_ref().map(t::PodRef::try_from).transpose()?;
+        Ok(Self { id: t::MemberId(wire.id.clone()), role, address: wire.address.clone(), state, pod })
     }
 }
 
@@ -262,6 +264,8 @@ impl From<&t::ClusterView> for v1::ClusterView {
             generation: Some(view.generation.into()),
             placement: Some((&*view.placement).into()),
             members: view.members.iter().map(v1::Member::from).collect(),
+            next: view.next.as_deref().map(v1::Placement::from),
+            oldest_epoch: view.oldest_epoch.0,
         }
     }
 }
@@ -275,10 +279,14 @@ impl TryFrom<&v1::ClusterView> for t::ClusterView {
         Ok(Self {
             generation: generation.try_into()?,
             placement: Arc::new(placement.try_into()?),
+            next: wire.next.as_ref().map(t::Placement::try_from).transpose()?.map(Arc::new),
+            oldest_epoch: t::PlacementEpoch(wire.oldest_epoch),
             members: wire.members.iter().map(t::Member::try_from).collect::<Result<_, _>>()?,
         })
     }
 }
+
+mod operate;
 
 #[cfg(test)]
 mod tests;

@@ -8,14 +8,18 @@
 //! that closes removes its member at once. A second stream of the same member (it reconnected before the
 //! first was seen to close) replaces the first.
 //!
-//! **Epochs after a restart.** State is soft. The placement is a pure function of the checkpoint, the
-//! number of shards and slots, and the expert-load file, so a restarted router usually computes the same
-//! one. It begins at epoch 1 and moves by what members report as applied, epoch and digest: the largest
-//! epoch of the same placement is taken over, so that members which hold it have nothing to do; if the
-//! inputs have changed meanwhile, ours gets an epoch above theirs. One epoch never means two placements.
+//! **Placements.** Which one is in force, how a change of layout comes about without a lost request, and what
+//! happens after a restart: [`layouts`]. Without a placement members get no view and wait.
+//!
+//! **The operator** keeps one `Operate` stream open: its whole view in ([`pods`] says what follows for
+//! members), the whole status out, at once and then at most every [`STATUS_INTERVAL`]. A newer stream
+//! replaces an older one. Without an operator (`cadre up`, or while it is away) everything goes on.
 
+mod coverage;
+mod layouts;
 mod load_window;
 mod plan;
+mod pods;
 mod report;
 mod service;
 mod state;
@@ -24,7 +28,8 @@ use std::{sync::Arc, time::Duration};
 
 use cadre_placement::{ExpertLoad, explain};
 use cadre_proto::v1;
-use cadre_types::{ClusterView, Generation, Member, MemberId, MemberState, Placement, Role};
+use cadre_telemetry::Readiness;
+use cadre_types::{ClusterView, Generation, Layout, Member, MemberId, MemberState, OperatorView, Role};
 use serde_json::{Value, json};
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -32,12 +37,13 @@ use tokio::{
 };
 use tonic::Status;
 
-pub(crate) use plan::plan;
+pub(crate) use plan::{Planner, layout, read_layout};
 pub(crate) use service::CoordinatorService;
 
 use crate::metrics::RouterMetrics;
+use layouts::{Change, Layouts};
 use report::MemberReport;
-use state::{ConnectionId, Effect, Loss, State};
+use state::{ConnectionId, Effect, Loss, Refusal, State};
 
 /// Commands that may wait for the owner. Each of a few hundred members has at most one report and one
 /// goodbye on the way, because a stream's reader waits until its report is taken.
@@ -45,6 +51,9 @@ const COMMAND_QUEUE: usize = 1024;
 
 /// How often imbalance is computed from the load window.
 const IMBALANCE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Least time between two statuses for the operator, after the first.
+const STATUS_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Work that a worker reports.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -94,6 +103,10 @@ enum Command {
     Report { connection: ConnectionId, report: MemberReport },
     Refused { connection: ConnectionId, status: Status },
     Leave { connection: ConnectionId },
+    Operate { view: OperatorView, reply: oneshot::Sender<Operating> },
+    OperatorView { stream: OperatorStream, view: OperatorView },
+    OperatorGone { stream: OperatorStream },
+    LayoutFile { layout: Layout },
     ExpertLoad { reply: oneshot::Sender<ExpertLoad> },
     Describe { reply: oneshot::Sender<Value> },
 }
@@ -101,16 +114,57 @@ enum Command {
 /// A member's side of its registration.
 struct Joined {
     connection: ConnectionId,
-    views: watch::Receiver<Arc<PublishedView>>,
+    views: watch::Receiver<Option<Arc<PublishedView>>>,
     /// Resolves when the owner ends the stream; an error when the owner is gone.
     ended: oneshot::Receiver<Status>,
+}
+
+/// One Operate stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct OperatorStream(u64);
+
+/// The operator's side of its stream.
+struct Operating {
+    stream: OperatorStream,
+    statuses: watch::Receiver<Arc<v1::CoordinatorStatus>>,
+    /// As for members.
+    ended: oneshot::Receiver<Status>,
+}
+
+/// The owner's side of it.
+struct Operator {
+    stream: OperatorStream,
+    statuses: watch::Sender<Arc<v1::CoordinatorStatus>>,
+    end: oneshot::Sender<Status>,
+    /// When the next status may be sent.
+    due: Instant,
+}
+
+/// How a coordinator is set up.
+pub(crate) struct CoordinatorOptions {
+    /// Weights and numerics.
+    pub(crate) generation: Generation,
+    /// Plans placements.
+    pub(crate) planner: Planner,
+    /// The layout wanted at start.
+    pub(crate) layout: Layout,
+    /// Longest wait for shards and their failure domains before the first plan.
+    pub(crate) placement_wait: Duration,
+    /// A member that has not reported for this long is removed.
+    pub(crate) lease: Duration,
+    /// How far back the expert load reaches.
+    pub(crate) load_window: Duration,
+    /// Whether the router takes requests, for the operator.
+    pub(crate) readiness: Readiness,
+    /// Where to count.
+    pub(crate) metrics: RouterMetrics,
 }
 
 /// Access to the owner. Clones share it; the owner stops when all are gone.
 #[derive(Clone, Debug)]
 pub(crate) struct Coordinator {
     commands: mpsc::Sender<Command>,
-    views: watch::Receiver<Arc<PublishedView>>,
+    views: watch::Receiver<Option<Arc<PublishedView>>>,
     workers: watch::Receiver<Arc<WorkerTable>>,
 }
 
@@ -121,6 +175,10 @@ impl std::fmt::Debug for Command {
             Self::Report { .. } => "Report",
             Self::Refused { .. } => "Refused",
             Self::Leave { .. } => "Leave",
+            Self::Operate { .. } => "Operate",
+            Self::OperatorView { .. } => "OperatorView",
+            Self::OperatorGone { .. } => "OperatorGone",
+            Self::LayoutFile { .. } => "LayoutFile",
             Self::ExpertLoad { .. } => "ExpertLoad",
             Self::Describe { .. } => "Describe",
         })
@@ -129,30 +187,51 @@ impl std::fmt::Debug for Command {
 
 impl Coordinator {
     /// Starts the owner task. Aborting it ends every member's stream.
-    pub(crate) fn spawn(
-        generation: Generation,
-        placement: Placement,
-        lease: Duration,
-        load_window: Duration,
+    pub(crate) fn spawn(options: CoordinatorOptions) -> (Self, tokio::task::JoinHandle<()>) {
+        let CoordinatorOptions { generation, planner, layout, placement_wait, .. } = options;
+        let layouts = Layouts::new(planner, layout, placement_wait);
+        let state = State::new(generation, layouts, options.lease, options.load_window);
+        Self::spawn_over(state, options.readiness, options.metrics)
+    }
+
+    fn spawn_over(
+        mut state: State,
+        readiness: Readiness,
         metrics: RouterMetrics,
     ) -> (Self, tokio::task::JoinHandle<()>) {
-        let state = State::new(generation, placement, lease, load_window);
-        let (views_sender, views) = watch::channel(Arc::new(publish(state.view())));
+        // A plan that need not wait for anybody is there before anybody asks.
+        state.advance(Instant::now());
+        let (views_sender, views) = watch::channel(state.view().map(publish));
         let (workers_sender, workers) = watch::channel(Arc::new(state.worker_table()));
         let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
-        let owner = Owner { state, views: views_sender, workers: workers_sender, metrics };
+        let owner = Owner {
+            state,
+            views: views_sender,
+            workers: workers_sender,
+            readiness,
+            metrics,
+            operator: None,
+            operator_streams: 0,
+            imbalance: None,
+        };
         let task = tokio::spawn(owner.run(inbox));
         (Self { commands, views, workers }, task)
     }
 
-    /// The view, as members see it.
-    pub(crate) fn views(&self) -> watch::Receiver<Arc<PublishedView>> {
+    /// The view, as members see it; `None` before the first placement.
+    pub(crate) fn views(&self) -> watch::Receiver<Option<Arc<PublishedView>>> {
         self.views.clone()
     }
 
     /// The workers with their load.
     pub(crate) fn workers(&self) -> watch::Receiver<Arc<WorkerTable>> {
         self.workers.clone()
+    }
+
+    /// The layout file says this now. Counts unless an operator is there.
+    pub(crate) async fn layout_file(&self, layout: Layout) {
+        // The owner being gone ends everything anyway.
+        let _ = self.commands.send(Command::LayoutFile { layout }).await;
     }
 
     /// The aggregated expert load of the window; `None` when the owner is gone.
@@ -170,17 +249,22 @@ impl Coordinator {
     }
 }
 
-fn publish(view: ClusterView) -> PublishedView {
+fn publish(view: ClusterView) -> Arc<PublishedView> {
     let wire = v1::ClusterView::from(&view);
-    PublishedView { view, wire }
+    Arc::new(PublishedView { view, wire })
 }
 
 /// The owner of the state.
 struct Owner {
     state: State,
-    views: watch::Sender<Arc<PublishedView>>,
+    views: watch::Sender<Option<Arc<PublishedView>>>,
     workers: watch::Sender<Arc<WorkerTable>>,
+    readiness: Readiness,
     metrics: RouterMetrics,
+    operator: Option<Operator>,
+    operator_streams: u64,
+    /// Of the last look at the load window.
+    imbalance: Option<f64>,
 }
 
 impl Owner {
@@ -189,7 +273,9 @@ impl Owner {
         imbalance.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         self.publish_view();
         loop {
-            let expiry = self.state.next_expiry();
+            let now = Instant::now();
+            let expiry = self.state.next_expiry(now);
+            let status = self.operator.as_ref().map(|operator| operator.due);
             tokio::select! {
                 command = inbox.recv() => match command {
                     Some(command) => self.take(command),
@@ -199,8 +285,10 @@ impl Owner {
                     let lost = self.state.expire(Instant::now());
                     self.lost(lost);
                 }
-                _ = imbalance.tick() => self.publish_imbalance(),
+                () = sleep_until(status) => self.tell_operator(),
+                _ = imbalance.tick() => self.measure(),
             }
+            self.advance();
         }
     }
 
@@ -210,13 +298,35 @@ impl Owner {
             Command::Join { report, reply } => self.join(now, report, reply),
             Command::Report { connection, report } => match self.state.report(now, connection, report) {
                 Ok(effect) => self.publish(effect),
-                Err(refusal) => self.refuse(connection, refusal.into()),
+                Err(refusal) => {
+                    self.count_refusal(&refusal);
+                    self.refuse(connection, refusal.into());
+                }
             },
-            Command::Refused { connection, status } => self.refuse(connection, status),
+            Command::Refused { connection, status } => {
+                self.metrics.members_refused.with(&["malformed"]).inc();
+                self.refuse(connection, status);
+            }
             Command::Leave { connection } => {
                 let lost = self.state.leave(connection);
                 self.lost(lost.into_iter().collect());
             }
+            Command::Operate { view, reply } => self.operate(now, &view, reply),
+            Command::OperatorView { stream, view } => {
+                if self.is_operator(stream) {
+                    self.take_operator_view(now, &view);
+                }
+            }
+            Command::OperatorGone { stream } => {
+                if self.is_operator(stream) {
+                    self.operator = None;
+                    tracing::info!("the operator has left; its last view stays");
+                }
+            }
+            Command::LayoutFile { layout } => match self.operator {
+                Some(_) => tracing::info!(?layout, "layout file changed; the operator's view counts"),
+                None => self.state.want(layout),
+            },
             // A receiver that is gone does not want the answer any more.
             Command::ExpertLoad { reply } => drop(reply.send(self.state.expert_load(now))),
             Command::Describe { reply } => drop(reply.send(self.describe())),
@@ -230,6 +340,8 @@ impl Owner {
             Ok((connection, replaced)) => {
                 tracing::info!(id = %member.id, role = %member.role, address = %member.address, "member joined");
                 self.lost(replaced.into_iter().collect());
+                // What the member brings along may decide the view that it gets first.
+                self.advance();
                 self.publish(Effect::View);
                 let joined = Joined { connection, views: self.views.subscribe(), ended };
                 if reply.send(Ok(joined)).is_err() {
@@ -238,11 +350,16 @@ impl Owner {
                 }
             }
             Err(refusal) => {
+                self.count_refusal(&refusal);
                 tracing::warn!(id = %member.id, role = %member.role, %refusal, "member refused");
                 // The member may be gone already; it is not registered either way.
                 let _ = reply.send(Err(refusal.into()));
             }
         }
+    }
+
+    fn count_refusal(&self, refusal: &Refusal) {
+        self.metrics.members_refused.with(&[refusal.name()]).inc();
     }
 
     fn refuse(&mut self, connection: ConnectionId, status: Status) {
@@ -263,6 +380,78 @@ impl Owner {
         self.publish(Effect::View);
     }
 
+    // --- the operator ----------------------------------------------------------------------------
+
+    fn operate(&mut self, now: Instant, view: &OperatorView, reply: oneshot::Sender<Operating>) {
+        self.operator_streams += 1;
+        let stream = OperatorStream(self.operator_streams);
+        tracing::info!(pods = view.pods.len(), layout = ?view.layout, "an operator is here");
+        self.take_operator_view(now, view);
+        self.advance();
+        let (statuses, receiver) = watch::channel(Arc::new(self.status(now)));
+        let (end, ended) = oneshot::channel();
+        let operator = Operator { stream, statuses, end, due: now + STATUS_INTERVAL };
+        if let Some(older) = self.operator.replace(operator) {
+            // It may have ended by itself.
+            let _ = older.end.send(Status::aborted("a newer operator stream has taken over"));
+        }
+        if reply.send(Operating { stream, statuses: receiver, ended }).is_err() {
+            self.operator = None;
+        }
+    }
+
+    fn is_operator(&self, stream: OperatorStream) -> bool {
+        self.operator.as_ref().is_some_and(|operator| operator.stream == stream)
+    }
+
+    fn take_operator_view(&mut self, now: Instant, view: &OperatorView) {
+        let lost = self.state.operate(now, view);
+        self.lost(lost);
+        self.publish(Effect::View);
+    }
+
+    fn status(&self, now: Instant) -> v1::CoordinatorStatus {
+        (&self.state.status(now, self.imbalance, self.readiness.is_ready())).into()
+    }
+
+    /// Sends the status if it differs from the last one.
+    fn tell_operator(&mut self) {
+        let now = Instant::now();
+        let status = Arc::new(self.status(now));
+        if let Some(operator) = &mut self.operator {
+            operator.due = now + STATUS_INTERVAL;
+            operator.statuses.send_if_modified(|last| {
+                let changed = *last != status;
+                *last = status;
+                changed
+            });
+        }
+    }
+
+    // --- what others see -------------------------------------------------------------------------
+
+    /// Moves placements on and says so.
+    fn advance(&mut self) {
+        let changes = self.state.advance(Instant::now());
+        if changes.is_empty() {
+            return;
+        }
+        let layouts = self.state.layouts();
+        let epoch = layouts.in_force().map_or(0, |placement| placement.epoch().0);
+        let next = layouts.next().map(|next| next.epoch().0);
+        for change in changes {
+            let (outcome, what) = match change {
+                Change::Planned => ("planned", "a placement is being prepared"),
+                Change::InForce => ("in_force", "a placement is in force"),
+                Change::GivenUp => ("given_up", "a placement was given up for another layout"),
+                Change::Settled => ("settled", "nobody uses older placements any more"),
+            };
+            self.metrics.layout_changes.with(&[outcome]).inc();
+            tracing::info!(epoch, next, layout = ?layouts.layout(), wanted = ?layouts.wanted(), "{what}");
+        }
+        self.publish(Effect::View);
+    }
+
     fn publish(&self, effect: Effect) {
         match effect {
             Effect::Nothing => {}
@@ -275,35 +464,55 @@ impl Owner {
     }
 
     fn publish_view(&self) {
-        let view = self.state.view();
+        let members = self.state.shown_members();
         for role in ["prefill", "decode", "both", "expert"] {
             for state in ["starting", "ready", "draining"] {
-                let count = view.members.iter().filter(|m| labels(m) == (role, state)).count();
+                let count = members.iter().filter(|m| labels(m) == (role, state)).count();
                 self.metrics.members.with(&[role, state]).set(count as f64);
             }
         }
-        self.metrics.epoch.set(view.generation.epoch.0 as f64);
-        self.views.send_replace(Arc::new(publish(view)));
+        let layouts = self.state.layouts();
+        self.metrics.epoch.set(self.state.generation().epoch.0 as f64);
+        self.metrics.oldest_epoch.set(layouts.oldest().0 as f64);
+        let (prepared, shards) = self.state.prepared();
+        self.metrics.next_shards.with(&["prepared"]).set(prepared as f64);
+        self.metrics.next_shards.with(&["all"]).set(shards as f64);
+        let coverage = self.state.coverage();
+        self.metrics.uncovered_experts.set(coverage.uncovered as f64);
+        self.metrics.at_risk_experts.set(coverage.at_risk as f64);
+        self.views.send_replace(self.state.view().map(publish));
     }
 
-    fn publish_imbalance(&mut self) {
-        let load = self.state.expert_load(Instant::now());
-        match explain(self.state.placement(), &load) {
-            Ok(report) => {
-                for layer in report.layers {
-                    let name = layer.layer.0.to_string();
-                    self.metrics.imbalance.with(&[&name]).set(layer.imbalance);
-                }
-            }
+    /// What is measured by the clock: imbalance of the load window, age of the operator's view.
+    fn measure(&mut self) {
+        let now = Instant::now();
+        let age = self.state.operator_seen().map_or(-1.0, |at| (now - at).as_secs_f64());
+        self.metrics.operator_view_age.set(age);
+        let load = self.state.expert_load(now);
+        let Some(placement) = self.state.placement() else { return };
+        let report = match explain(placement, &load) {
+            Ok(report) => report,
             // Both are built from the same layers and experts.
-            Err(error) => tracing::error!(%error, "imbalance of the placement in force"),
+            Err(error) => return tracing::error!(%error, "imbalance of the placement in force"),
+        };
+        let (mut weighted, mut total) = (0.0, 0.0);
+        for layer in report.layers {
+            let tokens: f64 = layer.tokens_per_shard.iter().sum();
+            weighted += layer.imbalance * tokens;
+            total += tokens;
+            let name = layer.layer.0.to_string();
+            self.metrics.imbalance.with(&[&name]).set(layer.imbalance);
         }
+        self.imbalance = (total > 0.0).then(|| weighted / total);
     }
 
     fn describe(&self) -> Value {
         let view = self.state.view();
-        let members: Vec<Value> = view
-            .members
+        let generation = self.state.generation();
+        let layouts = self.state.layouts();
+        let members: Vec<Value> = self
+            .state
+            .shown_members()
             .iter()
             .map(|member| {
                 let (role, state) = labels(member);
@@ -313,22 +522,38 @@ impl Owner {
                 };
                 json!({
                     "id": member.id, "role": role, "shard": shard, "state": state,
-                    "address": member.address, "loading": self.state.loading(&member.id),
+                    "address": member.address,
+                    "loading": self.state.loading(&member.id).map(|loading| json!({
+                        "bytes_read": loading.bytes_read, "bytes_expected": loading.bytes_expected,
+                    })),
                 })
             })
             .collect();
-        let uncovered = uncovered(&view);
+        let uncovered = match &view {
+            Some(view) => uncovered(view),
+            None => Some(NO_PLACEMENT.to_owned()),
+        };
+        let status = self.state.status(Instant::now(), self.imbalance, self.readiness.is_ready());
         json!({
-            "model_hash": view.generation.model.to_string(),
-            "numerics": view.generation.numerics.name(),
-            "epoch": view.generation.epoch.0,
-            "shards": view.placement.num_shards(),
+            "model_hash": generation.model.to_string(),
+            "numerics": generation.numerics.name(),
+            "epoch": generation.epoch.0,
+            "oldest_epoch": layouts.oldest().0,
+            "shards": view.as_ref().map_or(0, |view| view.placement.num_shards()),
+            "layout": layouts.layout(),
+            "next": status.next.map(|next| json!({
+                "layout": next.layout, "epoch": next.epoch, "waiting_for": next.waiting_for,
+            })),
             "covered": uncovered.is_none(),
             "uncovered": uncovered,
+            "at_risk_experts": status.coverage.at_risk,
             "members": members,
         })
     }
 }
+
+/// Said where a placement is missing.
+pub(crate) const NO_PLACEMENT: &str = "no placement yet: the coordinator waits for shards";
 
 async fn sleep_until(at: Option<Instant>) {
     match at {

@@ -104,6 +104,18 @@ pub enum RequestError {
         /// Status and words.
         problem: String,
     },
+    /// A worker could not be reached, or takes nothing new.
+    #[error("{operation} on worker {worker} failed: {problem}")]
+    WorkerUnavailable {
+        /// The worker.
+        worker: MemberId,
+        /// What was asked of it.
+        operation: &'static str,
+        /// Status and words.
+        problem: String,
+        /// It had taken the work before.
+        begun: bool,
+    },
     /// KV did not get from the prefill to the decode worker; neither is known to be at fault.
     #[error("hand-off to worker {worker} failed: {problem}")]
     HandoffFailed {
@@ -165,6 +177,7 @@ impl RequestError {
             Self::Draining
             | Self::NoWorker { .. }
             | Self::WorkerFailed { .. }
+            | Self::WorkerUnavailable { .. }
             | Self::HandoffFailed { .. }
             | Self::Stalled { .. } => Code::Unavailable,
             Self::Deadline { .. } | Self::BodyTimeout { .. } => Code::DeadlineExceeded,
@@ -187,6 +200,7 @@ impl RequestError {
             Self::Draining
             | Self::NoWorker { .. }
             | Self::WorkerFailed { .. }
+            | Self::WorkerUnavailable { .. }
             | Self::HandoffFailed { .. }
             | Self::Stalled { .. } => 503,
             Self::Deadline { .. } => 504,
@@ -220,7 +234,7 @@ impl RequestError {
             Self::Overloaded { .. } => "overloaded",
             Self::Draining => "draining",
             Self::NoWorker { .. } => "no_worker",
-            Self::WorkerFailed { .. } => "worker_failed",
+            Self::WorkerFailed { .. } | Self::WorkerUnavailable { .. } => "worker_failed",
             Self::HandoffFailed { .. } => "handoff_failed",
             Self::Stalled { .. } => "worker_stalled",
             Self::Deadline { .. } => "deadline_exceeded",
@@ -255,7 +269,10 @@ impl RequestError {
         match self {
             Self::QueueFull { .. } | Self::Overloaded { .. } | Self::Draining => "refused",
             Self::NoWorker { .. } => "no_worker",
-            Self::WorkerFailed { .. } | Self::HandoffFailed { .. } | Self::Stalled { .. } => "worker_failed",
+            Self::WorkerFailed { .. }
+            | Self::WorkerUnavailable { .. }
+            | Self::HandoffFailed { .. }
+            | Self::Stalled { .. } => "worker_failed",
             Self::Deadline { .. } | Self::BodyTimeout { .. } => "deadline",
             Self::Cancelled => "cancelled",
             Self::Internal { .. } => "internal",
@@ -293,6 +310,20 @@ pub enum RouterError {
         path: PathBuf,
         /// What is wrong, and the fix.
         problem: String,
+    },
+    /// The checkpoint is not the one that was meant.
+    #[error(
+        "{}: the checkpoint has {found} routed experts per layer, {expected} were asked for; is it the \
+         right checkpoint?",
+        path.display()
+    )]
+    RoutedExperts {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What it has.
+        found: usize,
+        /// What was asked for.
+        expected: usize,
     },
     /// The experts cannot be placed.
     #[error(transparent)]

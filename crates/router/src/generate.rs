@@ -7,9 +7,12 @@
 //! does not depend on how fast the client reads: a client that stops reading is ended at the deadline.
 //!
 //! Workers that fail before the first token are replaced (nothing was said yet, so nothing can differ);
-//! after it, the error names the worker. See the crate header for replay.
+//! after it, the error names the worker. See the crate header for replay. A worker that cannot be reached,
+//! or takes nothing new (it was withdrawn between our choice and its answer), is only avoided: with nobody
+//! else ready the request waits for a worker, so that a worker's restart costs no request that has not
+//! begun.
 //!
-//! Bounds: reservation ≤ `reserve_timeout`; after its first sign of life, each prefill chunk and each
+//! Bounds: waiting for a worker ≤ `reserve_timeout`; reservation ≤ `reserve_timeout`; after its first sign of life, each prefill chunk and each
 //! token ≤ `stall_timeout`; waiting in a worker's queue or for a local prefill ≤ the deadline, with
 //! HTTP/2 keep-alive noticing a worker that is gone; all of it ≤ the deadline.
 
@@ -41,7 +44,7 @@ use crate::{
     output::TextOutput,
     request::PreparedSequence,
     service::{Admitted, Service},
-    workers::Assignment,
+    workers::{Assignment, Candidates},
 };
 use prefill::Prefill;
 use worker_error::worker_error;
@@ -52,6 +55,9 @@ const CHUNK_QUEUE: usize = 256;
 
 /// Times that a request is tried before it fails.
 const MAX_ATTEMPTS: usize = 3;
+
+/// Pause before workers that could not be reached are asked again.
+const AVOID: Duration = Duration::from_millis(200);
 
 /// Longest wait to hand the last error to a client that does not read.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -150,6 +156,12 @@ struct Job {
     output: TextOutput,
     /// Workers that failed this sequence.
     excluded: Vec<MemberId>,
+    /// Workers that could not be reached or take nothing new; asked again after a pause.
+    avoided: Vec<MemberId>,
+    /// Since when no worker could be reached, and the last one's words.
+    unreached: Option<(Instant, RequestError)>,
+    /// Attempts so far, for their ids.
+    attempts: usize,
     failed_attempts: usize,
     last_token: Option<Instant>,
 }
@@ -172,6 +184,9 @@ impl Job {
             journal,
             output,
             excluded: Vec::new(),
+            avoided: Vec::new(),
+            unreached: None,
+            attempts: 0,
             failed_attempts: 0,
             last_token: None,
         }
@@ -182,7 +197,14 @@ impl Job {
     /// Asks decode workers, best first, until one reserves.
     async fn reserve(&mut self) -> RequestResult<Reserved> {
         loop {
-            let candidates = self.service.pool.candidates(self.sequence.total_tokens(), &self.excluded)?;
+            let changed = self.service.pool.changed();
+            let candidates = match self.candidates() {
+                Ok(candidates) => candidates,
+                Err(none) => {
+                    self.wait_for_worker(none, changed).await?;
+                    continue;
+                }
+            };
             let Some(member) = candidates.decode.first() else {
                 return Err(RequestError::NoWorker { missing: "no decode worker".into() });
             };
@@ -193,33 +215,79 @@ impl Job {
         }
     }
 
+    fn candidates(&self) -> RequestResult<Candidates> {
+        let not_these = [self.excluded.as_slice(), &self.avoided].concat();
+        self.service.pool.candidates(self.sequence.total_tokens(), &not_these)
+    }
+
+    /// Waits until there may be a worker to ask, within the bound; then fails with the words of the last
+    /// worker that could not be reached, or with what is missing.
+    async fn wait_for_worker(
+        &mut self,
+        none: RequestError,
+        changed: impl Future<Output = ()>,
+    ) -> RequestResult<()> {
+        let clock = self.admitted.clock;
+        let (since, _) = self.unreached.get_or_insert_with(|| (Instant::now(), none.clone()));
+        let until = clock.deadline.min(*since + self.service.limits.reserve_timeout);
+        let now = Instant::now();
+        if now >= until {
+            let last = self.unreached.take().map(|(_, last)| last);
+            return Err(if now >= clock.deadline {
+                clock.passed("waiting for a worker")
+            } else {
+                last.unwrap_or(none)
+            });
+        }
+        if self.avoided.is_empty() {
+            // In vain or not: the caller looks again.
+            let _ = timeout_at(until, changed).await;
+        } else {
+            sleep_until(until.min(now + AVOID)).await;
+            self.avoided.clear();
+        }
+        Ok(())
+    }
+
     /// After a failure with nothing emitted yet: `Ok` if the request should be tried again, else the
-    /// error. The worker at fault is not asked again for this request.
+    /// error. A worker at fault is not asked again for this request.
     fn exclude(&mut self, error: RequestError) -> RequestResult<()> {
-        self.failed_attempts += 1;
         match &error {
+            RequestError::WorkerUnavailable { worker, begun, .. } => {
+                self.failed_attempts += usize::from(*begun);
+                self.avoided.push(worker.clone());
+                let since = self.unreached.take().map_or_else(Instant::now, |(since, _)| since);
+                self.unreached = Some((since, error.clone()));
+            }
+            // The last prefill worker went between our choice and its turn.
+            RequestError::NoWorker { .. } => {}
             RequestError::WorkerFailed { worker, .. }
             | RequestError::Stalled { worker, .. }
-            | RequestError::Overloaded { worker, .. } => self.excluded.push(worker.clone()),
-            RequestError::HandoffFailed { .. } => {}
+            | RequestError::Overloaded { worker, .. } => {
+                self.failed_attempts += 1;
+                self.excluded.push(worker.clone());
+                if self.candidates().is_err() && self.avoided.is_empty() {
+                    return Err(error);
+                }
+            }
+            RequestError::HandoffFailed { .. } => self.failed_attempts += 1,
             _ => return Err(error),
         }
-        let others = self.service.pool.candidates(self.sequence.total_tokens(), &self.excluded);
-        if self.failed_attempts >= MAX_ATTEMPTS || others.is_err() {
+        if self.failed_attempts >= MAX_ATTEMPTS {
             return Err(error);
         }
-        tracing::warn!(request = self.sequence.request_id, %error, "trying again on other workers");
+        tracing::warn!(request = self.sequence.request_id, %error, "trying again");
         self.service.metrics.reserve_retries.inc();
         Ok(())
     }
 
-    async fn reserve_on(&self, member: &Member, generation: v1::Generation) -> RequestResult<Reserved> {
+    async fn reserve_on(&mut self, member: &Member, generation: v1::Generation) -> RequestResult<Reserved> {
         let mut chosen = self.service.pool.assign_decode(member, self.sequence.total_tokens())?;
         let mode = match member.role {
             Role::Both => v1::PrefillMode::Local,
             _ => v1::PrefillMode::Handoff,
         };
-        let request_id = self.attempt_id();
+        let request_id = self.next_attempt_id();
         let request = v1::DecodeRequest {
             generation: Some(generation.clone()),
             request_id: request_id.clone(),
@@ -234,7 +302,7 @@ impl Job {
         let until = self.admitted.clock.deadline.min(Instant::now() + bound);
         let stage = "reserving KV pages";
         let late = |_| self.late(&member.id, "decode", stage, bound);
-        let failed = |status| self.worker_error(&member.id, "decode", &status);
+        let failed = |status| self.worker_error(&member.id, "decode", &status, false);
         let call = timeout_at(until, chosen.client.decode(request)).await.map_err(late)?;
         let mut events = call.map_err(failed)?.into_inner();
         let first = timeout_at(until, events.message()).await.map_err(late)?.map_err(failed)?;
@@ -250,8 +318,10 @@ impl Job {
     }
 
     /// A worker may still hold a failed attempt for a moment, so each attempt has its own id.
-    fn attempt_id(&self) -> String {
-        match self.failed_attempts {
+    fn next_attempt_id(&mut self) -> String {
+        let attempt = self.attempts;
+        self.attempts += 1;
+        match attempt {
             0 => self.sequence.request_id.clone(),
             attempt => format!("{}.{attempt}", self.sequence.request_id),
         }
@@ -306,8 +376,15 @@ impl Job {
         chunks: &mpsc::Sender<RequestResult<Chunk>>,
     ) -> RequestResult<()> {
         loop {
+            let began = Instant::now();
             match self.attempt(reserved, chunks).await {
-                Err(error) if self.journal.emitted().is_empty() => self.exclude(error)?,
+                Err(error) if self.journal.emitted().is_empty() => {
+                    // An attempt that went on for long is not part of the same trouble.
+                    if began.elapsed() >= self.service.limits.reserve_timeout {
+                        self.unreached = None;
+                    }
+                    self.exclude(error)?;
+                }
                 result => return result,
             }
             reserved = self.reserve().await?;
@@ -340,7 +417,7 @@ impl Job {
             tokio::select! {
                 biased;
                 event = reserved.events.message() => {
-                    let event = event.map_err(|status| self.worker_error(&worker, "decode", &status))?;
+                    let event = event.map_err(|status| self.worker_error(&worker, "decode", &status, true))?;
                     let event = event.ok_or_else(|| {
                         self.broken(&worker, "decode", "the stream ended without a finish reason")
                     })?;
@@ -426,8 +503,14 @@ impl Job {
         RequestError::Stalled { worker: worker.clone(), operation, stage, after }
     }
 
-    fn worker_error(&self, worker: &MemberId, operation: &'static str, status: &Status) -> RequestError {
-        worker_error(worker, operation, status, self.service.admission.retry_after_s())
+    fn worker_error(
+        &self,
+        worker: &MemberId,
+        operation: &'static str,
+        status: &Status,
+        begun: bool,
+    ) -> RequestError {
+        worker_error(worker, operation, status, begun, self.service.admission.retry_after_s())
     }
 
     fn broken(&self, worker: &MemberId, operation: &'static str, problem: &str) -> RequestError {

@@ -93,7 +93,49 @@ const MEMBERS_LOST: MetricSpec = MetricSpec {
     name: "cadre_router_members_lost_total",
     kind: MetricKind::Counter,
     help: "Members removed, by cause.",
-    labels: &[Label::OneOf("cause", &["lease", "closed", "replaced", "refused"])],
+    labels: &[Label::OneOf("cause", &["lease", "closed", "replaced", "refused", "pod_gone"])],
+};
+const MEMBERS_REFUSED: MetricSpec = MetricSpec {
+    name: "cadre_router_members_refused_total",
+    kind: MetricKind::Counter,
+    help: "Registrations and reports refused, by reason; generation is another checkpoint or numerics class.",
+    labels: &[Label::OneOf("reason", &["generation", "shard", "pod_gone", "malformed", "gone"])],
+};
+const OLDEST_EPOCH: MetricSpec = MetricSpec {
+    name: "cadre_router_oldest_epoch",
+    kind: MetricKind::Gauge,
+    help: "Oldest placement epoch that shards still answer; below the one in force during a change.",
+    labels: &[],
+};
+const LAYOUT_CHANGES: MetricSpec = MetricSpec {
+    name: "cadre_router_layout_changes_total",
+    kind: MetricKind::Counter,
+    help: "Steps of changes of layout: planned, in force, given up for a newer one, settled (old one dropped).",
+    labels: &[Label::OneOf("step", &["planned", "in_force", "given_up", "settled"])],
+};
+const NEXT_SHARDS: MetricSpec = MetricSpec {
+    name: "cadre_router_next_shards",
+    kind: MetricKind::Gauge,
+    help: "Shards of the placement on its way: all, and those that have prepared it; 0 if none is.",
+    labels: &[Label::OneOf("state", &["all", "prepared"])],
+};
+const UNCOVERED: MetricSpec = MetricSpec {
+    name: "cadre_router_uncovered_experts",
+    kind: MetricKind::Gauge,
+    help: "(layer, expert) pairs without a routable copy.",
+    labels: &[],
+};
+const AT_RISK: MetricSpec = MetricSpec {
+    name: "cadre_router_at_risk_experts",
+    kind: MetricKind::Gauge,
+    help: "(layer, expert) pairs with fewer routable copies than the layout asks for, or all in one domain.",
+    labels: &[],
+};
+const OPERATOR_VIEW_AGE: MetricSpec = MetricSpec {
+    name: "cadre_router_operator_view_age_seconds",
+    kind: MetricKind::Gauge,
+    help: "Time since the operator's last view, to 5 s; -1 before the first. It grows while nothing changes.",
+    labels: &[],
 };
 const EPOCH: MetricSpec = MetricSpec {
     name: "cadre_router_placement_epoch",
@@ -123,7 +165,14 @@ pub const CATALOG: &[MetricSpec] = &[
     RESERVE_RETRIES,
     MEMBERS,
     MEMBERS_LOST,
+    MEMBERS_REFUSED,
     EPOCH,
+    OLDEST_EPOCH,
+    LAYOUT_CHANGES,
+    NEXT_SHARDS,
+    UNCOVERED,
+    AT_RISK,
+    OPERATOR_VIEW_AGE,
     IMBALANCE,
 ];
 
@@ -168,7 +217,14 @@ pub struct RouterMetrics {
     pub(crate) reserve_retries: Counter,
     pub(crate) members: GaugeFamily,
     pub(crate) members_lost: CounterFamily,
+    pub(crate) members_refused: CounterFamily,
     pub(crate) epoch: Gauge,
+    pub(crate) oldest_epoch: Gauge,
+    pub(crate) layout_changes: CounterFamily,
+    pub(crate) next_shards: GaugeFamily,
+    pub(crate) uncovered_experts: Gauge,
+    pub(crate) at_risk_experts: Gauge,
+    pub(crate) operator_view_age: Gauge,
     pub(crate) imbalance: GaugeFamily,
 }
 
@@ -189,7 +245,14 @@ impl RouterMetrics {
             reserve_retries: metrics.counter(&RESERVE_RETRIES)?,
             members: metrics.gauges(&MEMBERS)?,
             members_lost: metrics.counters(&MEMBERS_LOST)?,
+            members_refused: metrics.counters(&MEMBERS_REFUSED)?,
             epoch: metrics.gauge(&EPOCH)?,
+            oldest_epoch: metrics.gauge(&OLDEST_EPOCH)?,
+            layout_changes: metrics.counters(&LAYOUT_CHANGES)?,
+            next_shards: metrics.gauges(&NEXT_SHARDS)?,
+            uncovered_experts: metrics.gauge(&UNCOVERED)?,
+            at_risk_experts: metrics.gauge(&AT_RISK)?,
+            operator_view_age: metrics.gauge(&OPERATOR_VIEW_AGE)?,
             imbalance: metrics.gauges(&IMBALANCE)?,
         })
     }

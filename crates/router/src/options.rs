@@ -25,6 +25,15 @@ pub struct RouterOptions {
     pub shards: NonZeroU16,
     /// Extra slots per layer, over all shards.
     pub redundant_slots: usize,
+    /// Copies that every expert has at least; absent is as many as the redundant slots give everyone.
+    pub min_copies: Option<NonZeroU16>,
+    /// Where the layout is read from instead, at start and whenever it changes.
+    pub layout_file: Option<PathBuf>,
+    /// Longest wait, from the first shard's registration, for all shards and their failure domains before
+    /// the first placement is planned. Zero plans at start.
+    pub placement_wait: Duration,
+    /// Routed experts per layer that the checkpoint must have.
+    pub routed_experts: Option<usize>,
     /// Expert load to plan from; absent takes `cadre-expert-load.json` of the checkpoint if there is
     /// one, else every expert counts the same.
     pub expert_load: Option<PathBuf>,
@@ -49,6 +58,10 @@ impl RouterOptions {
             numerics: NumericsClass::default(),
             shards,
             redundant_slots: 0,
+            min_copies: None,
+            layout_file: None,
+            placement_wait: Duration::ZERO,
+            routed_experts: None,
             expert_load: None,
             listen: ListenAddresses::default(),
             limits: Limits::default(),

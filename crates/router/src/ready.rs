@@ -10,7 +10,7 @@ use tonic::server::NamedService;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
-    coordinator::{PublishedView, WorkerTable, uncovered},
+    coordinator::{NO_PLACEMENT, PublishedView, WorkerTable, uncovered},
     grpc::InferenceService,
     workers::missing_workers,
 };
@@ -35,11 +35,14 @@ pub(crate) fn conditions() -> Readiness {
 pub(crate) async fn follow(
     readiness: Readiness,
     health: HealthReporter,
-    mut views: watch::Receiver<Arc<PublishedView>>,
+    mut views: watch::Receiver<Option<Arc<PublishedView>>>,
     mut workers: watch::Receiver<Arc<WorkerTable>>,
 ) {
     loop {
-        let missing = uncovered(&views.borrow_and_update().view);
+        let missing = match &*views.borrow_and_update() {
+            Some(published) => uncovered(&published.view),
+            None => Some(NO_PLACEMENT.to_owned()),
+        };
         readiness.set(EXPERTS, missing.map_or(Ok(()), Err));
         let missing = missing_workers(&workers.borrow_and_update());
         readiness.set(WORKERS, missing.map_or(Ok(()), Err));

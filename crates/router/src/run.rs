@@ -5,7 +5,7 @@
 //! listeners close, then requests in flight get `drain_timeout`, and the coordinator and admin servers go
 //! last, because members and probes still need them while requests run.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -15,7 +15,8 @@ use axum::{
     routing::get,
 };
 use cadre_proto::v1::{coordinator_server::CoordinatorServer, inference_server::InferenceServer};
-use cadre_telemetry::{Metrics, admin};
+use cadre_telemetry::{Metrics, Readiness, admin};
+use cadre_types::PlacementEpoch;
 use tokio::{
     net::TcpListener,
     sync::watch,
@@ -25,7 +26,7 @@ use tonic::transport::{Server, server::TcpIncoming};
 
 use crate::{
     admission::Admission,
-    coordinator::{Coordinator, CoordinatorService, plan},
+    coordinator::{Coordinator, CoordinatorOptions, CoordinatorService, Planner, layout, read_layout},
     error::RouterError,
     grpc::InferenceService,
     http,
@@ -43,6 +44,9 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Streams per gRPC connection; a client with more opens another connection.
 const MAX_CONCURRENT_STREAMS: u32 = 1024;
+
+/// How often the layout file is looked at; a mounted ConfigMap itself follows within a minute.
+const LAYOUT_FILE_INTERVAL: Duration = Duration::from_secs(3);
 
 /// Time for answers to leave after the last request ended.
 const FLUSH: Duration = Duration::from_secs(1);
@@ -115,20 +119,33 @@ pub async fn serve(
         what: "router",
         problem: format!("loading the tokenizer: {error}"),
     })??);
-    let placement = plan(&options, &model.config)?;
+    if let Some(expected) = options.routed_experts
+        && expected != model.config.n_routed_experts
+    {
+        let found = model.config.n_routed_experts;
+        return Err(RouterError::RoutedExperts { path: options.model_dir, found, expected });
+    }
+    let layout = layout(&options, &model.config)?;
+    let planner = Planner::new(&options, &model.config)?;
+    // A layout that cannot be planned is refused here and not when the last shard has come.
+    planner.plan(layout, &[], PlacementEpoch(1))?;
     let metrics = Metrics::new();
     let router_metrics = RouterMetrics::register(&metrics)?;
-    let (coordinator, owner) = Coordinator::spawn(
-        model.generation(),
-        placement,
-        options.lease,
-        options.load_window,
-        router_metrics.clone(),
-    );
+    let readiness = ready::conditions();
+    let (coordinator, owner) = Coordinator::spawn(CoordinatorOptions {
+        generation: model.generation(),
+        planner,
+        layout,
+        placement_wait: options.placement_wait,
+        lease: options.lease,
+        load_window: options.load_window,
+        readiness: readiness.clone(),
+        metrics: router_metrics.clone(),
+    });
     let admission = Admission::new(&options.limits, router_metrics.clone());
     let pool = WorkerPool::new(coordinator.workers(), options.limits.connect_timeout);
     let service = Service::new(model, admission.clone(), pool, router_metrics, options.limits.clone());
-    let parts = Parts { service, coordinator, metrics, admission, options };
+    let parts = Parts { service, coordinator, metrics, admission, readiness, options };
     parts.serve(listeners, owner, shutdown).await
 }
 
@@ -138,6 +155,7 @@ struct Parts {
     coordinator: Coordinator,
     metrics: Metrics,
     admission: Admission,
+    readiness: Readiness,
     options: RouterOptions,
 }
 
@@ -149,7 +167,7 @@ impl Parts {
         shutdown: impl Future<Output = ()> + Send,
     ) -> Result<(), RouterError> {
         let Listeners { grpc, http, coordinator, admin } = listeners;
-        let readiness = ready::conditions();
+        let readiness = self.readiness.clone();
         let (health, health_service) = tonic_health::server::health_reporter();
         let follow = ready::follow(
             readiness.clone(),
@@ -157,9 +175,11 @@ impl Parts {
             self.coordinator.views(),
             self.coordinator.workers(),
         );
+        let follow_file = follow_layout_file(self.options.layout_file.clone(), self.coordinator.clone());
         let background = Background(vec![
             owner,
             tokio::spawn(follow),
+            tokio::spawn(follow_file),
             tokio::spawn(log_end(
                 "admin",
                 admin::serve(admin, self.metrics.clone(), readiness.clone(), self.admin_routes()),
@@ -272,6 +292,36 @@ fn server() -> Server {
     Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
+}
+
+/// Passes changes of the layout file on. A file that is missing or broken for a while changes nothing.
+async fn follow_layout_file(path: Option<PathBuf>, coordinator: Coordinator) {
+    let Some(path) = path else { return std::future::pending().await };
+    let mut known = None;
+    let mut told = None;
+    let mut ticks = tokio::time::interval(LAYOUT_FILE_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let file = path.clone();
+        let Ok(read) = tokio::task::spawn_blocking(move || read_layout(&file)).await else { continue };
+        match read {
+            Ok(layout) => {
+                told = None;
+                // The first is what the router began with.
+                if known.replace(layout).is_some_and(|known| known != layout) {
+                    coordinator.layout_file(layout).await;
+                }
+            }
+            Err(error) => {
+                let problem = error.to_string();
+                if told.as_ref() != Some(&problem) {
+                    tracing::error!(problem, "layout file not read; the layout stays");
+                    told = Some(problem);
+                }
+            }
+        }
+    }
 }
 
 /// Tasks that end with the router.

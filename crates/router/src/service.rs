@@ -127,7 +127,7 @@ impl Service {
         let context = Context {
             request_id: admitted.request_id.clone(),
             drawn_seed: self.ids.seed(),
-            capacity_tokens: self.pool.capacity_tokens(),
+            capacity_tokens: Some(self.capacity(admitted).await?),
             max_sequences: self.admission.max_sequences(),
         };
         let stage = "tokenizing the prompt";
@@ -139,6 +139,21 @@ impl Service {
         });
         let result = admitted.clock.bound(stage, work).await?;
         result.map_err(|error| RequestError::Internal { problem: format!("{stage}: {error}") })?
+    }
+
+    /// What a worker's cache holds; before the first one is ready, this waits for it as a reservation would.
+    async fn capacity(&self, admitted: &Admitted) -> RequestResult<u64> {
+        let until = admitted.clock.deadline.min(Instant::now() + self.limits.reserve_timeout);
+        loop {
+            let changed = self.pool.changed();
+            if let Some(capacity) = self.pool.capacity_tokens() {
+                return Ok(capacity);
+            }
+            if tokio::time::timeout_at(until, changed).await.is_err() {
+                // Somebody may have come at the last moment, and is waited for by the reservation then.
+                self.pool.candidates(1, &[])?;
+            }
+        }
     }
 
     /// Stages 3 and 4: wait for the turn, then start every sequence on workers. If one cannot start, none

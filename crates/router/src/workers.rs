@@ -10,7 +10,14 @@
 //! Edges: a worker that left the view is forgotten at the next choice, its connection with it (streams in
 //! flight keep theirs alive); an assignment to a forgotten worker ends without effect.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use cadre_proto::v1::worker_client::WorkerClient;
 use cadre_types::{Generation, Member, MemberId, MemberState, Role};
@@ -34,6 +41,8 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct WorkerPool {
     table: watch::Receiver<Arc<WorkerTable>>,
     state: Arc<Mutex<State>>,
+    /// Largest cache of a ready worker when one was last ready; 0 before that.
+    last_capacity: Arc<AtomicU64>,
     connect_timeout: Duration,
 }
 
@@ -108,7 +117,7 @@ pub struct Candidates {
 impl WorkerPool {
     /// A pool over the coordinator's table.
     pub fn new(table: watch::Receiver<Arc<WorkerTable>>, connect_timeout: Duration) -> Self {
-        Self { table, state: Arc::default(), connect_timeout }
+        Self { table, state: Arc::default(), last_capacity: Arc::default(), connect_timeout }
     }
 
     /// The generation in force.
@@ -116,9 +125,32 @@ impl WorkerPool {
         self.table.borrow().generation
     }
 
-    /// Tokens that the largest ready worker's cache holds, if any worker is ready. A request without
-    /// `max_tokens` is cut to it.
+    /// Tokens that the largest ready worker's cache holds, or did when a worker was last ready. A request
+    /// without `max_tokens` is cut to it. `None` before the first one is ready.
     pub fn capacity_tokens(&self) -> Option<u64> {
+        let known = match self.ready_capacity() {
+            Some(capacity) => {
+                self.last_capacity.store(capacity, Ordering::Relaxed);
+                capacity
+            }
+            None => self.last_capacity.load(Ordering::Relaxed),
+        };
+        Some(known).filter(|known| *known > 0)
+    }
+
+    /// Resolves when the table of workers changes after this call, or never if the coordinator is gone.
+    /// Call it before looking at the table.
+    pub fn changed(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut table = self.table.clone();
+        table.mark_unchanged();
+        async move {
+            if table.changed().await.is_err() {
+                std::future::pending().await
+            }
+        }
+    }
+
+    fn ready_capacity(&self) -> Option<u64> {
         let table = Arc::clone(&self.table.borrow());
         let pages = table
             .workers

@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use cadre_dispatch::{CombineFrame, DispatchFrame, Refusal, RefusalCode, ShardSignals};
+use cadre_dispatch::{CombineFrame, DispatchFrame, Drive, Refusal, RefusalCode, ShardSignals};
 use cadre_ops::{Backend, HostRows, OpsError, RowFormat, RowGroup, backend::Ffn};
 
 use crate::{
@@ -65,9 +65,14 @@ impl<B: Backend> Compute<B> {
         self.max_rows = rows;
     }
 
-    /// Computes frames of one layer under one placement and answers each. `queued` says how many pairs
-    /// wait when it is done.
-    pub(crate) fn run(&mut self, mut jobs: Vec<Job<B::Weight>>, queued: impl Fn() -> usize) {
+    /// Computes frames of one layer under one placement and answers each, down to the sockets if it drives
+    /// them. `queued` says how many pairs wait when it is done.
+    pub(crate) fn run(
+        &mut self,
+        mut jobs: Vec<Job<B::Weight>>,
+        queued: impl Fn() -> usize,
+        drive: Option<&dyn Drive>,
+    ) {
         let accepted = jobs.len();
         jobs.retain(|job| !job.reply.is_cancelled());
         add(&self.stats.cancelled, accepted - jobs.len());
@@ -83,14 +88,23 @@ impl<B: Backend> Compute<B> {
             Ok(rows) => {
                 let queued_tokens = micros(queued() as u128);
                 let format = RowFormat::combine(self.backend.class());
-                for (job, rows) in jobs.into_iter().zip(rows) {
-                    let waited = micros(started.saturating_duration_since(job.accepted).as_micros());
-                    add(&self.stats.frames, 1);
-                    add(&self.stats.pairs, job.frame.pairs());
-                    add(&self.stats.queue_micros, waited as usize);
-                    let signals = ShardSignals { queue_micros: waited, compute_micros: took, queued_tokens };
-                    let rows = self.pool.lend(rows);
-                    job.reply.send(Ok(CombineFrame { format, rows, signals }));
+                let bytes = rows.iter().map(Vec::len).sum();
+                let mut answers = jobs.into_iter().zip(rows);
+                let mut send = || {
+                    for (job, rows) in answers.by_ref() {
+                        let waited = micros(started.saturating_duration_since(job.accepted).as_micros());
+                        add(&self.stats.frames, 1);
+                        add(&self.stats.pairs, job.frame.pairs());
+                        add(&self.stats.queue_micros, waited as usize);
+                        let signals =
+                            ShardSignals { queue_micros: waited, compute_micros: took, queued_tokens };
+                        let rows = self.pool.lend(rows);
+                        job.reply.send(Ok(CombineFrame { format, rows, signals }));
+                    }
+                };
+                match drive {
+                    Some(drive) => drive.flush(bytes, &mut send),
+                    None => send(),
                 }
             }
             Err(error) => {

@@ -3,11 +3,19 @@
 //! The thread takes the oldest frame and, with it, every other waiting frame of the same layer under the
 //! same placement: oldest first, so that no layer starves. The bound is in bytes, because that is what
 //! waiting frames cost.
+//!
+//! While it waits, the thread runs the I/O of the streams that frames come by, if it is given a [`Drive`]: a
+//! frame then reaches it without waking another thread.
 
-use std::{collections::VecDeque, sync::Arc, time::Instant};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use cadre_dispatch::{DispatchFrame, Reply};
-use parking_lot::{Condvar, Mutex};
+use cadre_dispatch::{DispatchFrame, Drive, Reply};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use tokio::sync::Notify;
 
 use crate::shard::Held;
 
@@ -20,6 +28,10 @@ pub const QUEUE_FRAMES: usize = 1024;
 
 /// Tokens that frames are merged up to; one frame may have more by itself.
 const MERGED_TOKENS: usize = 4096;
+
+/// How long the thread waits before it looks again: whatever changes the queue wakes it, so this bounds only
+/// the wait itself.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 /// An accepted frame.
 pub(crate) struct Job<W> {
@@ -42,6 +54,8 @@ struct State<W> {
 pub(crate) struct Queue<W> {
     state: Mutex<State<W>>,
     changed: Condvar,
+    /// A frame came, or the queue was closed: for a thread that waits by driving I/O.
+    arrived: Notify,
 }
 
 /// Why a frame was not taken.
@@ -58,7 +72,7 @@ pub(crate) enum Full {
 impl<W> Queue<W> {
     pub(crate) fn new() -> Self {
         let state = State { jobs: VecDeque::new(), bytes: 0, pairs: 0, busy: false, closed: false };
-        Self { state: Mutex::new(state), changed: Condvar::new() }
+        Self { state: Mutex::new(state), changed: Condvar::new(), arrived: Notify::new() }
     }
 
     /// Takes a frame in, or gives it back.
@@ -82,6 +96,7 @@ impl<W> Queue<W> {
         state.pairs += job.frame.pairs();
         state.jobs.push_back(job);
         drop(state);
+        self.arrived.notify_one();
         self.changed.notify_all();
         Ok(())
     }
@@ -91,9 +106,9 @@ impl<W> Queue<W> {
         self.state.lock().pairs
     }
 
-    /// Waits for frames; the oldest and what merges with it. `None` once closed. The caller is busy
-    /// until it calls again.
-    pub(crate) fn take(&self) -> Option<Vec<Job<W>>> {
+    /// Waits for frames, driving I/O meanwhile; the oldest and what merges with it. `None` once closed. The
+    /// caller is busy until it calls again.
+    pub(crate) fn take(&self, drive: Option<&dyn Drive>) -> Option<Vec<Job<W>>> {
         let mut state = self.state.lock();
         state.busy = false;
         self.changed.notify_all();
@@ -105,7 +120,12 @@ impl<W> Queue<W> {
                 state.busy = true;
                 return Some(merge(&mut state, first));
             }
-            self.changed.wait(&mut state);
+            let deadline = Instant::now() + LOOK_AGAIN;
+            match drive {
+                // What is notified before the wait begins ends it at once.
+                Some(drive) if MutexGuard::unlocked(&mut state, || drive.wait(&self.arrived, deadline)) => {}
+                _ => drop(self.changed.wait_until(&mut state, deadline)),
+            }
         }
     }
 
@@ -129,6 +149,7 @@ impl<W> Queue<W> {
             (state.bytes, state.pairs) = (0, 0);
             std::mem::take(&mut state.jobs)
         };
+        self.arrived.notify_one();
         self.changed.notify_all();
         drop(dropped);
     }

@@ -4,14 +4,17 @@ use std::{sync::Arc, time::Instant};
 
 use cadre_dispatch::{Answer, AnswerSink, DispatchFrame, Reply, ShardContract, ShardService};
 use cadre_ops::RowFormat;
-use cadre_types::LayerId;
+use cadre_types::{LayerId, PlacementEpoch};
 
 /// Why a shard is not proven.
 #[derive(Debug, thiserror::Error)]
 pub enum SelfTestError {
-    /// Nothing is loaded.
-    #[error("self-test: no placement is applied")]
-    NothingLoaded,
+    /// That placement is not loaded.
+    #[error("self-test: the placement of {epoch} is not loaded")]
+    NothingLoaded {
+        /// The placement.
+        epoch: PlacementEpoch,
+    },
     /// A frame failed.
     #[error("self-test of {layer}: {message}")]
     Failed {

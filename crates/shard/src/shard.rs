@@ -1,4 +1,8 @@
 //! [`Shard`]: which slots it has, what is loaded, and who computes.
+//!
+//! A shard holds one placement, and for the time of a change of layout more than one: each is a contract of
+//! its own, and a frame is computed under the placement whose epoch it carries. Placements share the
+//! experts that they have in common; a frame keeps what it was accepted under until it is answered.
 
 use std::{
     collections::HashMap,
@@ -10,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cadre_dispatch::{DispatchFrame, Refusal, RefusalCode, Reply, ShardContract, ShardService};
+use cadre_dispatch::{DispatchFrame, Drive, Refusal, RefusalCode, Reply, ShardContract, ShardService};
 use cadre_model::ExpertKey;
 use cadre_ops::{Backend, OpsError, backend::Ffn};
 use cadre_types::{Generation, LayerId, Placement, PlacementEpoch, ShardIndex};
@@ -45,9 +49,12 @@ struct Inner<B: Backend> {
     options: ShardOptions,
     backend: Arc<B>,
     source: Arc<dyn ExpertSource<B>>,
-    held: RwLock<Option<Arc<Held<B::Weight>>>>,
-    /// One placement is applied at a time.
-    applying: Mutex<()>,
+    /// Ascending by epoch: rarely more than the one in force, the one before and the one to come.
+    held: RwLock<Vec<Arc<Held<B::Weight>>>>,
+    /// One placement is loaded at a time.
+    loading: Mutex<()>,
+    /// Epoch of the placement in force; 0 for none.
+    in_force: AtomicU64,
     executor: Executor<B>,
     draining: AtomicBool,
     stopping: AtomicBool,
@@ -65,6 +72,8 @@ enum Executor<B: Backend> {
 /// What is loaded under one placement.
 pub(crate) struct Held<W> {
     pub(crate) contract: ShardContract,
+    /// Of the placement: an epoch means one placement, unless a coordinator has lost its memory.
+    digest: u64,
     /// By position in `contract.slots`, then by slot.
     slots: Vec<Vec<Arc<Ffn<W>>>>,
     experts: HashMap<ExpertKey, Arc<Ffn<W>>>,
@@ -74,7 +83,7 @@ impl<W> Held<W> {
     /// Nothing loaded.
     #[cfg(test)]
     pub(crate) fn empty(contract: ShardContract) -> Self {
-        Self { contract, slots: Vec::new(), experts: HashMap::new() }
+        Self { contract, digest: 0, slots: Vec::new(), experts: HashMap::new() }
     }
 
     /// The experts of a layer by slot.
@@ -87,13 +96,13 @@ impl<W> Held<W> {
 /// How far loading is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Progress {
-    /// Checkpoint bytes of the experts loaded under the placement being applied, kept ones included.
+    /// Checkpoint bytes of the experts loaded for the placement loaded last, kept ones included.
     pub bytes_read: u64,
     /// Checkpoint bytes of all its experts.
     pub bytes_expected: u64,
 }
 
-/// Why a placement was not applied. The former one stays in force.
+/// Why a placement was not loaded. What was held before still is.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
     /// The placement has no such shard.
@@ -116,9 +125,9 @@ pub enum ApplyError {
         /// Why.
         source: SourceError,
     },
-    /// The shard was told to stop meanwhile.
-    #[error("apply {epoch}: the shard is stopping")]
-    Stopping {
+    /// The shard was told to stop meanwhile, or the placement is not wanted any more.
+    #[error("apply {epoch}: given up")]
+    GivenUp {
         /// The placement.
         epoch: PlacementEpoch,
     },
@@ -138,11 +147,13 @@ impl<B: Backend> Shard<B> {
         Ok(Self { inner: Inner::new(options, backend, source, executor, stats), thread: None })
     }
 
-    /// A shard with a compute thread of its own.
+    /// A shard with a compute thread of its own, which runs the I/O of the streams that frames come by while it
+    /// waits for them, if it is told how.
     pub fn spawn(
         options: ShardOptions,
         backend: Arc<B>,
         source: Arc<dyn ExpertSource<B>>,
+        drive: Option<Arc<dyn Drive>>,
     ) -> Result<Self, OpsError> {
         let stats = Arc::new(ShardStats::default());
         let queue = Arc::new(Queue::new());
@@ -151,21 +162,55 @@ impl<B: Backend> Shard<B> {
         let inner = Inner::new(options, backend, source, executor, stats);
         let thread = thread::Builder::new()
             .name(format!("shard-{}", options.shard.0))
-            .spawn(move || serve(&queue, compute))
+            .spawn(move || serve(&queue, compute, drive.as_deref()))
             .map_err(|error| OpsError::Device { op: "spawn", message: error.to_string() })?;
         Ok(Self { inner, thread: Some(thread) })
     }
 
-    /// Loads what a placement gives us and then serves under it. Experts that are loaded already are kept;
-    /// those no longer wanted go when the last frame that needs them is answered. Blocks while loading; call
-    /// it from a thread that may.
+    /// Loads what a placement gives us and then serves under it alone: [`Self::hold`],
+    /// [`Self::put_in_force`] and [`Self::release`] in one.
     pub fn apply(&self, placement: &Placement) -> Result<(), ApplyError> {
-        self.inner.apply(placement)
+        self.hold(placement, &AtomicBool::new(false))?;
+        self.put_in_force(placement.epoch());
+        self.release(|epoch| epoch == placement.epoch());
+        Ok(())
+    }
+
+    /// Loads what a placement gives us, beside what is held, and answers frames of its epoch from then on.
+    /// Experts that are loaded already are shared. Blocks while loading, until `given_up` says that nobody
+    /// wants the placement any more; call it from a thread that may. Nothing to do for a placement that is
+    /// held.
+    pub fn hold(&self, placement: &Placement, given_up: &AtomicBool) -> Result<(), ApplyError> {
+        self.inner.hold(placement, given_up)
+    }
+
+    /// Whether exactly this placement is held.
+    pub fn holds(&self, placement: &Placement) -> bool {
+        self.inner.holds(placement)
+    }
+
+    /// Says which of the held placements is in force; frames are answered under each of them alike.
+    pub fn put_in_force(&self, epoch: PlacementEpoch) {
+        self.inner.in_force.store(epoch.0, Ordering::Release);
+    }
+
+    /// Drops the placements that are not wanted. Experts that only they had go when the last frame that
+    /// needs them is answered.
+    pub fn release(&self, wanted: impl Fn(PlacementEpoch) -> bool) {
+        self.inner.held.write().retain(|held| wanted(held.contract.generation.epoch));
+        if self.epoch().is_some_and(|epoch| !wanted(epoch)) {
+            self.put_in_force(PlacementEpoch(0));
+        }
+    }
+
+    /// Epochs of the placements held, ascending.
+    pub fn epochs(&self) -> Vec<PlacementEpoch> {
+        self.inner.held.read().iter().map(|held| held.contract.generation.epoch).collect()
     }
 
     /// The placement in force.
     pub fn epoch(&self) -> Option<PlacementEpoch> {
-        self.inner.held().map(|held| held.contract.generation.epoch)
+        Some(PlacementEpoch(self.inner.in_force.load(Ordering::Acquire))).filter(|epoch| epoch.0 != 0)
     }
 
     /// How far loading is.
@@ -181,10 +226,11 @@ impl<B: Backend> Shard<B> {
         self.inner.resident()
     }
 
-    /// One real step: a row through every slot of every layer, by the way that frames take. Finite rows
-    /// of the right size prove the weights, the kernels and the compute thread.
-    pub fn self_test(&self, timeout: Duration) -> Result<(), SelfTestError> {
-        let held = self.inner.held().ok_or(SelfTestError::NothingLoaded)?;
+    /// One real step under a placement that is held: a row through every slot of every layer, by the way
+    /// that frames take. Finite rows of the right size prove the weights, the kernels and the compute
+    /// thread.
+    pub fn self_test(&self, epoch: PlacementEpoch, timeout: Duration) -> Result<(), SelfTestError> {
+        let held = self.inner.held(epoch).ok_or(SelfTestError::NothingLoaded { epoch })?;
         self_test::run(self, &held.contract, Instant::now() + timeout)
     }
 
@@ -202,7 +248,15 @@ impl<B: Backend> Shard<B> {
         }
     }
 
-    /// Whether the compute thread has died, which only a panic in a backend does.
+    /// Ends loading and the compute thread; frames that wait are refused.
+    pub fn stop(&self) {
+        self.inner.stopping.store(true, Ordering::Release);
+        if let Executor::Queue(queue) = &self.inner.executor {
+            queue.close();
+        }
+    }
+
+    /// Whether the compute thread has ended: it was stopped, or a backend panicked.
     pub fn is_dead(&self) -> bool {
         match &self.inner.executor {
             Executor::Inline(_) => false,
@@ -223,11 +277,10 @@ impl<B: Backend> Shard<B> {
 
 impl<B: Backend> Drop for Shard<B> {
     fn drop(&mut self) {
-        self.inner.stopping.store(true, Ordering::Release);
-        if let Executor::Queue(queue) = &self.inner.executor {
-            queue.close();
-        }
+        self.stop();
+        // The last owner may be a stream whose I/O the compute thread itself was running.
         if let Some(thread) = self.thread.take()
+            && thread.thread().id() != thread::current().id()
             && thread.join().is_err()
         {
             tracing::error!(shard = %self.inner.options.shard, "the compute thread had panicked");
@@ -259,8 +312,9 @@ impl<B: Backend> Inner<B> {
             options,
             backend,
             source,
-            held: RwLock::new(None),
-            applying: Mutex::new(()),
+            held: RwLock::default(),
+            loading: Mutex::new(()),
+            in_force: AtomicU64::new(0),
             executor,
             draining: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
@@ -270,8 +324,12 @@ impl<B: Backend> Inner<B> {
         })
     }
 
-    fn held(&self) -> Option<Arc<Held<B::Weight>>> {
-        self.held.read().clone()
+    fn held(&self, epoch: PlacementEpoch) -> Option<Arc<Held<B::Weight>>> {
+        self.held.read().iter().find(|held| held.contract.generation.epoch == epoch).cloned()
+    }
+
+    fn holds(&self, placement: &Placement) -> bool {
+        self.held(placement.epoch()).is_some_and(|held| held.digest == placement.digest())
     }
 
     fn queued_pairs(&self) -> usize {
@@ -282,11 +340,14 @@ impl<B: Backend> Inner<B> {
     }
 
     fn resident(&self) -> (usize, u64) {
-        let Some(held) = self.held() else { return (0, 0) };
-        let bytes = |ffn: &Arc<Ffn<B::Weight>>| {
+        let held = self.held.read().clone();
+        // Placements share experts.
+        let experts: HashMap<ExpertKey, &Arc<Ffn<B::Weight>>> =
+            held.iter().flat_map(|held| held.experts.iter().map(|(key, ffn)| (*key, ffn))).collect();
+        let bytes = |ffn: &&Arc<Ffn<B::Weight>>| {
             self.backend.weight_bytes(&ffn.gate_up) + self.backend.weight_bytes(&ffn.down)
         };
-        (held.experts.len(), held.experts.values().map(bytes).sum::<usize>() as u64)
+        (experts.len(), experts.values().map(bytes).sum::<usize>() as u64)
     }
 
     fn submit(&self, frame: DispatchFrame, reply: Reply) {
@@ -299,7 +360,7 @@ impl<B: Backend> Inner<B> {
         };
         let job = Job { frame, reply, held, accepted: Instant::now() };
         match &self.executor {
-            Executor::Inline(compute) => compute.lock().run(vec![job], || 0),
+            Executor::Inline(compute) => compute.lock().run(vec![job], || 0, None),
             Executor::Queue(queue) => {
                 if let Err((job, full)) = queue.push(job) {
                     let (shard, layer) = (self.options.shard, job.frame.layer);
@@ -323,7 +384,13 @@ impl<B: Backend> Inner<B> {
             let what = format!("{shard}, {layer}: draining");
             return Err(Refusal::new(RefusalCode::Unavailable, what));
         }
-        if let Some(held) = self.held() {
+        let known = {
+            let held = self.held.read();
+            let epoch = frame.generation.epoch;
+            // Under an epoch that is not held, the newest placement's contract says so.
+            held.iter().find(|held| held.contract.generation.epoch == epoch).or(held.last()).cloned()
+        };
+        if let Some(held) = known {
             held.contract.check(frame)?;
             return Ok(held);
         }
@@ -332,19 +399,22 @@ impl<B: Backend> Inner<B> {
         }
         let (read, expected) =
             (self.bytes_read.load(Ordering::Acquire), self.bytes_expected.load(Ordering::Acquire));
-        let what = format!("{shard}, {layer}: loading, {read} of {expected} bytes");
+        let what = format!("{shard}, {layer}: nothing held yet, {read} of {expected} bytes loaded");
         Err(Refusal::new(RefusalCode::Unavailable, what))
     }
 
-    fn apply(&self, placement: &Placement) -> Result<(), ApplyError> {
-        let _one_at_a_time = self.applying.lock();
+    fn hold(&self, placement: &Placement, given_up: &AtomicBool) -> Result<(), ApplyError> {
+        let _one_at_a_time = self.loading.lock();
         let (epoch, shard) = (placement.epoch(), self.options.shard);
         let shards = placement.num_shards();
         if shard.index() >= shards {
             return Err(ApplyError::UnknownShard { epoch, shard, shards });
         }
-        let before = self.held();
-        let kept = |key: &ExpertKey| before.as_ref().and_then(|held| held.experts.get(key).cloned());
+        if self.holds(placement) {
+            return Ok(());
+        }
+        let before = self.held.read().clone();
+        let kept = |key: &ExpertKey| before.iter().find_map(|held| held.experts.get(key).cloned());
         let layers: Vec<(LayerId, Vec<ExpertKey>)> = placement
             .shard_slots(shard)
             .map(|(layer, experts)| {
@@ -365,8 +435,8 @@ impl<B: Backend> Inner<B> {
         for (_, keys) in &layers {
             let mut row = Vec::with_capacity(keys.len());
             for &key in keys {
-                if self.stopping.load(Ordering::Acquire) {
-                    return Err(ApplyError::Stopping { epoch });
+                if self.stopping.load(Ordering::Acquire) || given_up.load(Ordering::Acquire) {
+                    return Err(ApplyError::GivenUp { epoch });
                 }
                 let ffn = match kept(&key) {
                     Some(ffn) => ffn,
@@ -388,13 +458,17 @@ impl<B: Backend> Inner<B> {
             hidden: self.options.hidden,
             slots: layers.iter().map(|(layer, keys)| (*layer, keys.len())).collect(),
         };
-        *self.held.write() = Some(Arc::new(Held { contract, slots, experts }));
+        let new = Arc::new(Held { contract, digest: placement.digest(), slots, experts });
+        let mut held = self.held.write();
+        held.retain(|held| held.contract.generation.epoch != epoch);
+        let at = held.partition_point(|held| held.contract.generation.epoch < epoch);
+        held.insert(at, new);
         Ok(())
     }
 }
 
 /// The compute thread.
-fn serve<B: Backend>(queue: &Arc<Queue<B::Weight>>, mut compute: Compute<B>) {
+fn serve<B: Backend>(queue: &Arc<Queue<B::Weight>>, mut compute: Compute<B>, drive: Option<&dyn Drive>) {
     /// Closes the queue even if a backend panics, so that frames are refused instead of waiting.
     struct Close<'a, W>(&'a Queue<W>);
     impl<W> Drop for Close<'_, W> {
@@ -403,8 +477,8 @@ fn serve<B: Backend>(queue: &Arc<Queue<B::Weight>>, mut compute: Compute<B>) {
         }
     }
     let close = Close(queue);
-    while let Some(jobs) = queue.take() {
-        compute.run(jobs, || queue.pairs());
+    while let Some(jobs) = queue.take(drive) {
+        compute.run(jobs, || queue.pairs(), drive);
     }
     drop(close);
 }

@@ -4,7 +4,10 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -13,7 +16,8 @@ use cadre_checkpoint::{
     synth::{self, SynthSpec, WeightFormat},
 };
 use cadre_dispatch::{
-    Connect, DispatchConfig, Dispatcher, ExpertServer, GrpcConnector, IoThread, LocalConnector, tuning,
+    Connect, DispatchConfig, Dispatcher, Driver, ExpertServer, GrpcConnector, IoThread, LocalConnector,
+    tuning,
 };
 use cadre_ops::{
     Backend, DispatchBatch, ExpertExchange, ExpertRows, HostRows, RowFormat, reference::ReferenceBackend,
@@ -28,6 +32,10 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Expert `e` on shard `e % shards`, and its copy (of the first `redundant` experts) on the next.
 fn placement(checkpoint: &Checkpoint, shards: usize, redundant: usize) -> Placement {
+    placement_under(1, checkpoint, shards, redundant)
+}
+
+fn placement_under(epoch: u64, checkpoint: &Checkpoint, shards: usize, redundant: usize) -> Placement {
     let config = checkpoint.config();
     let experts = config.n_routed_experts;
     let layers = config.moe_layers().map(|layer| {
@@ -40,7 +48,7 @@ fn placement(checkpoint: &Checkpoint, shards: usize, redundant: usize) -> Placem
         }
         LayerPlacement { layer, slots }
     });
-    Placement::new(PlacementEpoch(1), experts, layers.collect()).unwrap()
+    Placement::new(PlacementEpoch(epoch), experts, layers.collect()).unwrap()
 }
 
 /// A checkpoint, a batch for it, and where its shards are.
@@ -89,17 +97,37 @@ impl Bench {
     }
 
     fn shard(&self, index: usize, placement: &Placement, inline: bool) -> Arc<Shard<ReferenceBackend>> {
+        let shard = self.empty_shard(index, inline);
+        shard.apply(placement).unwrap();
+        shard.self_test(placement.epoch(), PATIENCE).unwrap();
+        shard
+    }
+
+    fn empty_shard(&self, index: usize, inline: bool) -> Arc<Shard<ReferenceBackend>> {
         let options = ShardOptions {
             shard: ShardIndex(index as u16),
             weights: self.weights(),
             hidden: self.checkpoint.config().hidden_size,
         };
         let source = Arc::new(CheckpointSource::new(self.backend.clone(), self.checkpoint.clone()));
-        let make = if inline { Shard::inline } else { Shard::spawn };
-        let shard = make(options, self.backend.clone(), source).unwrap();
-        shard.apply(placement).unwrap();
-        shard.self_test(PATIENCE).unwrap();
-        Arc::new(shard)
+        let shard = match inline {
+            true => Shard::inline(options, self.backend.clone(), source),
+            false => Shard::spawn(options, self.backend.clone(), source, None),
+        };
+        Arc::new(shard.unwrap())
+    }
+
+    fn view(&self, placement: &Arc<Placement>, addresses: &[String]) -> ClusterView {
+        let member = |(at, address): (usize, &String)| Member {
+            id: MemberId(format!("shard-{at}")),
+            role: Role::Expert(ShardIndex(at as u16)),
+            address: address.clone(),
+            state: MemberState::Ready,
+            pod: None,
+        };
+        let generation = Generation { epoch: placement.epoch(), ..self.weights() };
+        let members = addresses.iter().enumerate().map(member).collect();
+        ClusterView::settled(generation, placement.clone(), members)
     }
 
     fn dispatcher(
@@ -108,17 +136,7 @@ impl Bench {
         addresses: &[String],
         connector: Arc<dyn Connect>,
     ) -> Dispatcher {
-        let member = |(at, address): (usize, &String)| Member {
-            id: MemberId(format!("shard-{at}")),
-            role: Role::Expert(ShardIndex(at as u16)),
-            address: address.clone(),
-            state: MemberState::Ready,
-        };
-        let view = ClusterView {
-            generation: self.weights(),
-            placement: Arc::new(placement.clone()),
-            members: addresses.iter().enumerate().map(member).collect(),
-        };
+        let view = self.view(&Arc::new(placement.clone()), addresses);
         let config =
             DispatchConfig { frame_timeout: PATIENCE, uncovered_wait: PATIENCE, ..DispatchConfig::default() };
         let dispatcher = Dispatcher::new(config, self.weights(), connector);
@@ -187,6 +205,132 @@ fn any_number_of_shards_and_copies_gives_the_same_bits() {
     }
 }
 
+/// A shard behind gRPC on a runtime of its own.
+fn serve(shard: Arc<Shard<ReferenceBackend>>) -> (String, tokio::runtime::Runtime) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    let runtime = builder.enable_all().worker_threads(1).build().unwrap();
+    runtime.spawn(accept(listener, shard));
+    (address, runtime)
+}
+
+async fn accept(listener: std::net::TcpListener, shard: Arc<Shard<ReferenceBackend>>) {
+    listener.set_nonblocking(true).unwrap();
+    let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+    let serving = tuning::server().add_service(ExpertServer::new(shard).into_service());
+    serving.serve_with_incoming(tuning::incoming(listener)).await.unwrap();
+}
+
+/// The protocol of a change of layout (docs/wire.md) while a worker computes without a pause: 4 shards, 8,
+/// 4 again, by the order that the coordinator keeps. No frame is refused, none is sent twice, and every
+/// row has the same bits.
+fn the_layout_changes_under_way(
+    shards: &[Arc<Shard<ReferenceBackend>>],
+    addresses: &[String],
+    connector: Arc<dyn Connect>,
+    bench: &Bench,
+    expected: &[u8],
+) {
+    let layout = |epoch, shards| Arc::new(placement_under(epoch, &bench.checkpoint, shards, 5));
+    let mut in_force = layout(1, 4);
+    shards[..4].iter().for_each(|shard| shard.apply(&in_force).unwrap());
+    let mut dispatcher = bench.dispatcher(&in_force, &addresses[..4], connector);
+    let handle = dispatcher.handle();
+    let (stop, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let wait = |what: &str, condition: &mut dyn FnMut() -> bool| {
+        let start = Instant::now();
+        while !condition() {
+            assert!(start.elapsed() < PATIENCE, "{what} in time");
+            std::thread::sleep(Duration::from_millis(1)); // between looks
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                assert!(bench.rows(&mut dispatcher) == expected, "the same bits");
+                rounds.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        // Ends the other thread even if this one fails.
+        let stopping = scopeguard(&stop);
+        for (epoch, count) in [(2, 8), (3, 4), (4, 7), (5, 4)] {
+            let next = layout(epoch, count);
+            let old = in_force.epoch();
+            let some_more = |rounds: &AtomicUsize| {
+                let seen = rounds.load(Ordering::Relaxed);
+                wait("work", &mut || rounds.load(Ordering::Relaxed) >= seen + 2);
+            };
+            let mut view = bench.view(&in_force, addresses);
+            view.next = Some(next.clone());
+            handle.update(Arc::new(view));
+            for shard in &shards[..count] {
+                shard.hold(&next, &AtomicBool::new(false)).unwrap();
+                shard.self_test(next.epoch(), PATIENCE).unwrap();
+            }
+            some_more(&rounds);
+            in_force = next;
+            let mut view = bench.view(&in_force, addresses);
+            view.oldest_epoch = old;
+            handle.update(Arc::new(view));
+            let taken = handle.taken();
+            wait("taken", &mut || {
+                taken.borrow().as_ref().is_some_and(|taken| taken.epoch() == in_force.epoch())
+            });
+            shards.iter().for_each(|shard| shard.release(|epoch| epoch == in_force.epoch()));
+            handle.update(Arc::new(bench.view(&in_force, addresses)));
+            some_more(&rounds);
+        }
+        drop(stopping);
+    });
+    for shard in shards {
+        let refused: u64 = shard.stats().refused.iter().map(|count| count.load(Ordering::Relaxed)).sum();
+        assert_eq!(refused, 0, "{shard:?}");
+    }
+    assert_eq!(handle.stats().retried_pairs.load(Ordering::Relaxed), 0);
+    assert_eq!(shards[7].resident().0, 0, "a shard that the layout lost holds nothing");
+}
+
+/// Sets the flag when it is dropped.
+fn scopeguard(flag: &AtomicBool) -> impl Drop {
+    struct Set<'a>(&'a AtomicBool);
+    impl Drop for Set<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    Set(flag)
+}
+
+#[test]
+fn the_layout_changes_under_way_in_one_process() {
+    let (_dir, checkpoint) = checkpoint(WeightFormat::Bf16);
+    let bench = Bench::new(&checkpoint, NumericsClass::Bf16);
+    let expected = bench.local(1, 0, true);
+    let connector = LocalConnector::default();
+    let addresses: Vec<String> = (0..8).map(|at| at.to_string()).collect();
+    let shards: Vec<_> = (0..8).map(|at| bench.empty_shard(at, at % 2 == 0)).collect();
+    for (shard, address) in shards.iter().zip(&addresses) {
+        connector.register(address.clone(), shard.clone());
+    }
+    the_layout_changes_under_way(&shards, &addresses, Arc::new(connector), &bench, &expected);
+}
+
+#[test]
+fn the_layout_changes_under_way_over_grpc() {
+    let (_dir, checkpoint) = checkpoint(WeightFormat::Bf16);
+    let bench = Bench::new(&checkpoint, NumericsClass::Bf16);
+    let expected = bench.local(1, 0, true);
+    let shards: Vec<_> = (0..8).map(|at| bench.empty_shard(at, false)).collect();
+    let (addresses, servers): (Vec<_>, Vec<_>) = shards.iter().map(|shard| serve(shard.clone())).unzip();
+    let io = IoThread::start("test-io").unwrap();
+    let connector = Arc::new(GrpcConnector::new(io.handle()));
+    the_layout_changes_under_way(&shards, &addresses, connector, &bench, &expected);
+    for server in servers {
+        server.shutdown_background();
+    }
+}
+
 #[test]
 fn over_grpc_and_with_a_shard_lost_on_the_way_the_bits_are_the_same() {
     let (_dir, checkpoint) = checkpoint(WeightFormat::Bf16);
@@ -198,18 +342,8 @@ fn over_grpc_and_with_a_shard_lost_on_the_way_the_bits_are_the_same() {
     let mut servers = Vec::new();
     let mut addresses = Vec::new();
     for at in 0..3 {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.set_nonblocking(true).unwrap();
-        addresses.push(listener.local_addr().unwrap().to_string());
-        let shard = bench.shard(at, &placement, false);
-        let mut builder = tokio::runtime::Builder::new_multi_thread();
-        let runtime = builder.enable_all().worker_threads(1).build().unwrap();
-        runtime.spawn(async move {
-            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
-            let service = ExpertServer::new(shard).into_service();
-            let serving = tuning::server().add_service(service);
-            serving.serve_with_incoming(tuning::incoming(listener)).await.unwrap();
-        });
+        let (address, runtime) = serve(bench.shard(at, &placement, false));
+        addresses.push(address);
         servers.push(runtime);
     }
     let io = IoThread::start("test-io").unwrap();
@@ -224,5 +358,42 @@ fn over_grpc_and_with_a_shard_lost_on_the_way_the_bits_are_the_same() {
     assert!(start.elapsed() < PATIENCE, "a broken link is not waited for");
     for server in servers {
         server.shutdown_background();
+    }
+}
+
+/// As `cadre expert` runs it: the compute thread reads the sockets while it waits.
+#[test]
+fn shards_that_run_their_own_io_give_the_same_bits_and_end() {
+    let (_dir, checkpoint) = checkpoint(WeightFormat::Bf16);
+    let bench = Bench::new(&checkpoint, NumericsClass::Bf16);
+    let expected = bench.local(1, 0, true);
+    let placement = placement(&checkpoint, 2, 0);
+    let (mut shards, mut addresses) = (Vec::new(), Vec::new());
+    for at in 0..2_u16 {
+        let io = IoThread::start("test-shard-io").unwrap();
+        let options = ShardOptions {
+            shard: ShardIndex(at),
+            weights: bench.weights(),
+            hidden: checkpoint.config().hidden_size,
+        };
+        let source = Arc::new(CheckpointSource::new(bench.backend.clone(), checkpoint.clone()));
+        let drive = Arc::new(Driver::new(io.handle()));
+        let shard = Arc::new(Shard::spawn(options, bench.backend.clone(), source, Some(drive)).unwrap());
+        shard.apply(&placement).unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        addresses.push(listener.local_addr().unwrap().to_string());
+        io.handle().runtime().spawn(accept(listener, shard.clone()));
+        shards.push((shard, io));
+    }
+    let io = IoThread::start("test-io").unwrap();
+    let mut dispatcher = bench.dispatcher(&placement, &addresses, Arc::new(GrpcConnector::new(io.handle())));
+    for _ in 0..20 {
+        assert!(bench.rows(&mut dispatcher) == expected);
+    }
+    for (shard, io) in shards {
+        shard.stop();
+        let deadline = Instant::now() + PATIENCE;
+        assert!(shard.wait_idle(deadline) && shard.is_dead());
+        drop(io);
     }
 }

@@ -4,7 +4,11 @@ use std::{fmt, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{generation::Generation, ids::ShardIndex, placement::Placement};
+use crate::{
+    generation::Generation,
+    ids::{LayerId, LogicalExpert, PlacementEpoch, ShardIndex},
+    placement::Placement,
+};
 
 /// Names a process for as long as it lives; a restarted process has a new one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -64,6 +68,132 @@ pub struct Member {
     pub address: String,
     /// How far it is.
     pub state: MemberState,
+    /// The pod that it runs in; `None` outside Kubernetes.
+    pub pod: Option<PodRef>,
+}
+
+/// The pod of a member, as the downward API tells it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodRef {
+    /// `metadata.name`.
+    pub name: String,
+    /// `metadata.uid`: a pod made again under the same name is another pod.
+    pub uid: String,
+}
+
+/// How the experts of a model are to be laid out: what a placement is planned from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Layout {
+    /// Expert shards that the placement spreads over.
+    pub shards: u16,
+    /// Extra slots per layer over all shards.
+    pub redundant_slots: u32,
+    /// Copies that every expert has at least, each on another shard.
+    pub min_copies: u16,
+}
+
+/// What the operator tells the coordinator: always everything, never a difference, so that a lost message
+/// or a missed deletion is repaired by the next one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OperatorView {
+    /// The layout wanted.
+    pub layout: Layout,
+    /// Every pod of the model that exists, sorted by uid. A member whose pod is not among them is gone.
+    pub pods: Vec<PodView>,
+}
+
+/// A pod as the operator sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodView {
+    /// Which pod.
+    pub pod: PodRef,
+    /// Failure domain: the value of the node label that the model spreads by; `None` before the pod is on
+    /// a node, or if the node lacks the label.
+    pub domain: Option<String>,
+    /// The pod is going away (deletion asked for, or about to be): it gets no new work.
+    pub withdrawn: bool,
+}
+
+/// What the coordinator tells the operator, whole on every change.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CoordinatorStatus {
+    /// Weights, numerics and placement epoch in force.
+    pub generation: Generation,
+    /// The layout of the placement in force.
+    pub layout: Layout,
+    /// The layout being prepared, if the wanted one is not in force yet, and why it is not.
+    pub next: Option<NextLayout>,
+    /// Everything that is registered, sorted by id.
+    pub members: Vec<MemberStatus>,
+    /// Which experts have how many copies.
+    pub coverage: Coverage,
+    /// Largest over mean tokens per shard, averaged over layers by their tokens; `None` without traffic.
+    pub imbalance: Option<f64>,
+    /// The router itself takes requests.
+    pub serving: bool,
+}
+
+/// A layout on its way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NextLayout {
+    /// What is prepared.
+    pub layout: Layout,
+    /// Its epoch once it is planned.
+    pub epoch: Option<PlacementEpoch>,
+    /// What it waits for, in words ("shards 4, 5 have not loaded their experts").
+    pub waiting_for: String,
+}
+
+/// A member as the coordinator sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberStatus {
+    /// Who.
+    pub member: Member,
+    /// Admitted, proven by a real step and not withdrawn: work is routed to it.
+    pub routable: bool,
+    /// The placement it has applied; 0 before the first.
+    pub applied: PlacementEpoch,
+    /// Weight bytes it has read and will have read.
+    pub loading: Option<LoadProgress>,
+    /// Sequences it has, running and waiting (workers).
+    pub sequences: u32,
+}
+
+/// Progress of loading weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadProgress {
+    /// Read so far.
+    pub bytes_read: u64,
+    /// To be read in all.
+    pub bytes_expected: u64,
+}
+
+/// How well the experts are covered by routable copies.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Coverage {
+    /// (layer, expert) pairs of the placement.
+    pub experts: u64,
+    /// Pairs without a routable copy.
+    pub uncovered: u64,
+    /// Pairs that one more loss uncovers although the layout asks for more copies: fewer routable copies
+    /// than `min_copies`, or all of them in one failure domain.
+    pub at_risk: u64,
+    /// The first few uncovered ones, then the first few at risk, each in (layer, expert) order.
+    pub examples: Vec<CoverageExample>,
+}
+
+/// An expert that is uncovered or at risk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CoverageExample {
+    /// Its layer.
+    pub layer: LayerId,
+    /// The expert.
+    pub expert: LogicalExpert,
+    /// Routable copies.
+    pub copies: u32,
+    /// Why it is named, in words ("no routable copy", "1 of 2 copies", "all copies in zone-a").
+    pub reason: String,
 }
 
 /// The coordinator's view, sent whole on every change. Members are sorted by id.
@@ -73,11 +203,21 @@ pub struct ClusterView {
     pub generation: Generation,
     /// The placement in force.
     pub placement: Arc<Placement>,
+    /// The placement that will be in force as soon as its shards hold it; shards load it beside the one in
+    /// force.
+    pub next: Option<Arc<Placement>>,
+    /// Shards keep answering frames of this epoch and later ones: workers may still be on it.
+    pub oldest_epoch: PlacementEpoch,
     /// Everything that is registered.
     pub members: Vec<Member>,
 }
 
 impl ClusterView {
+    /// A view in which nothing is on its way.
+    pub fn settled(generation: Generation, placement: Arc<Placement>, members: Vec<Member>) -> Self {
+        Self { generation, placement, next: None, oldest_epoch: generation.epoch, members }
+    }
+
     /// The member that serves a shard, if one is registered. Of two (an old one not yet expired and
     /// its replacement) the one that is ready wins, then the later id.
     pub fn shard(&self, shard: ShardIndex) -> Option<&Member> {

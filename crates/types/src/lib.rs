@@ -12,7 +12,10 @@ pub mod ids;
 pub mod placement;
 pub mod sampling;
 
-pub use cluster::{ClusterView, Member, MemberId, MemberState, Role};
+pub use cluster::{
+    ClusterView, CoordinatorStatus, Coverage, CoverageExample, Layout, LoadProgress, Member, MemberId,
+    MemberState, MemberStatus, NextLayout, OperatorView, PodRef, PodView, Role,
+};
 pub use config::ModelConfig;
 pub use generation::{Generation, ModelHash, NumericsClass};
 pub use ids::{

@@ -12,11 +12,11 @@ use cadre_engine::{Engine, EngineHandle, EngineParts, EngineStartError};
 use cadre_model::{LoadOptions, Model, loader::LoadError};
 use cadre_ops::OpsError;
 use cadre_ops_cpu::{CpuBackend, CpuOptions, Isa};
-use cadre_placement::{ExpertLoad, PlanError, plan_initial};
+use cadre_placement::{ExpertLoad, PlanError, affordable_copies, plan_initial};
 use cadre_scheduler::SchedulerConfig;
 use cadre_shard::{ApplyError, CheckpointSource, Shard, ShardOptions};
 use cadre_types::{
-    ClusterView, Generation, Member, MemberId, MemberState, ModelConfig, NumericsClass, Placement,
+    ClusterView, Generation, Layout, Member, MemberId, MemberState, ModelConfig, NumericsClass, Placement,
     PlacementEpoch, Role, ShardIndex,
 };
 
@@ -161,7 +161,13 @@ impl InProcess {
 fn plan(config: &ModelConfig, options: &InProcessOptions) -> Result<Placement, InProcessError> {
     let experts = config.n_routed_experts;
     let load = ExpertLoad::uniform(config.moe_layers(), experts)?;
-    Ok(plan_initial(&load, experts, options.shards, options.redundant_slots, PlacementEpoch(1))?)
+    let narrow = |value: usize| u16::try_from(value).unwrap_or(u16::MAX);
+    let layout = Layout {
+        shards: narrow(options.shards),
+        redundant_slots: u32::try_from(options.redundant_slots).unwrap_or(u32::MAX),
+        min_copies: narrow(affordable_copies(experts, options.redundant_slots)),
+    };
+    Ok(plan_initial(&load, experts, layout, &[], PlacementEpoch(1))?)
 }
 
 fn view(generation: Generation, placement: Arc<Placement>) -> ClusterView {
@@ -173,10 +179,11 @@ fn view(generation: Generation, placement: Arc<Placement>) -> ClusterView {
                 role: Role::Expert(shard),
                 address: local_address(shard),
                 state: MemberState::Ready,
+                pod: None,
             }
         })
         .collect();
-    ClusterView { generation, placement, members }
+    ClusterView::settled(generation, placement, members)
 }
 
 fn local_address(shard: ShardIndex) -> String {

@@ -10,7 +10,7 @@ use std::{
 
 use cadre_ops::RowFormat;
 use cadre_scheduler::{PAGE_TOKENS, SchedulerConfig};
-use cadre_types::{ModelConfig, NumericsClass, Role};
+use cadre_types::{ModelConfig, NumericsClass, PodRef, Role};
 use serde::Serialize;
 use tokio::sync::oneshot;
 
@@ -43,6 +43,8 @@ pub struct WorkerOptions {
     pub max_step_tokens: usize,
     /// Bounds of waits.
     pub timeouts: WorkerTimeouts,
+    /// The pod that it runs in; `None` outside Kubernetes.
+    pub pod: Option<PodRef>,
     /// Receives the real addresses once every port is bound.
     pub bound: Option<oneshot::Sender<BoundAddresses>>,
 }
@@ -63,6 +65,7 @@ impl WorkerOptions {
             kv_bytes: DEFAULT_KV_BYTES,
             max_step_tokens: SchedulerConfig::with_pages(1).max_step_tokens,
             timeouts: WorkerTimeouts::default(),
+            pod: None,
             bound: None,
         }
     }

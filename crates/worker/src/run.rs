@@ -12,6 +12,7 @@
 use std::{
     future::Future,
     net::SocketAddr,
+    pin::pin,
     sync::{Arc, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -60,7 +61,12 @@ const CLOSE_BOUND: Duration = Duration::from_secs(2);
 /// Runs a worker until `shutdown` resolves (then drains) or something it cannot live without is gone.
 pub async fn run(options: WorkerOptions, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
     let drain = options.timeouts.drain;
-    let (mut worker, options) = Worker::start(options).await?;
+    let mut shutdown = pin!(shutdown);
+    let starting = Worker::start(options);
+    let (mut worker, options) = tokio::select! {
+        started = starting => started?,
+        () = &mut shutdown => return Ok(()),
+    };
     let ended = tokio::select! {
         ended = worker.work(&options) => ended,
         () = shutdown => Ok(()),
@@ -210,7 +216,7 @@ impl Worker {
     /// What a worker cannot live without.
     async fn ended(&self, engine: &EngineHandle) -> Result<()> {
         tokio::select! {
-            reason = self.membership.refused() => bail!("the coordinator refused this worker: {reason}"),
+            refused = self.membership.refused() => Err(refused.into()),
             () = engine.stopped() => bail!("the engine has stopped"),
         }
     }
@@ -242,7 +248,7 @@ impl Worker {
         let loading = on_thread("cadre-load", move || load.run());
         let engine = tokio::select! {
             engine = loading => engine??,
-            reason = self.membership.refused() => bail!("the coordinator refused this worker: {reason}"),
+            refused = self.membership.refused() => return Err(refused.into()),
         };
         self.readiness.met(WEIGHTS);
         let handle = engine.handle();
@@ -276,23 +282,31 @@ impl Worker {
         }))
     }
 
-    /// Gives every view to the dispatcher, and tells the coordinator which epoch is applied.
+    /// Gives every view to the dispatcher, and tells the coordinator which placement it has taken up.
     async fn follow_views(&self) -> Result<()> {
-        let mut views = self.membership.views();
+        let Some(dispatch) = &self.dispatch else { bail!("views are followed once weights are loaded") };
+        let (mut views, mut taken) = (self.membership.views(), dispatch.taken());
         loop {
-            if let (Some(view), Some(dispatch)) = (views.borrow_and_update().clone(), &self.dispatch) {
-                dispatch.update(Arc::clone(&view));
-                self.readiness.met(PLACEMENT);
-                self.membership.set_applied(&view.placement);
+            if let Some(view) = views.borrow_and_update().clone() {
+                dispatch.update(view);
             }
-            views.changed().await.context("the membership has ended")?;
+            if let Some(placement) = taken.borrow_and_update().clone() {
+                self.readiness.met(PLACEMENT);
+                self.membership.set_applied(&placement);
+            }
+            tokio::select! {
+                changed = views.changed() => changed.context("the membership has ended")?,
+                changed = taken.changed() => changed.context("the dispatcher has ended")?,
+            }
         }
     }
 
     /// Runs self-tests until one succeeds and every shard of the placement can be reached.
     async fn prove(&self, engine: &EngineHandle) -> Result<()> {
-        let mut views = self.membership.views();
-        views.wait_for(Option::is_some).await.context("the membership has ended")?;
+        let Some(dispatch) = &self.dispatch else { bail!("nothing is proven before weights are loaded") };
+        // A step without a placement fails, and says nothing about this worker.
+        dispatch.taken().wait_for(Option::is_some).await.context("the dispatcher has ended")?;
+        let views = self.membership.views();
         let mut told = Vec::new();
         for nth in 0.. {
             let step = engine.self_test(nth).await.map_err(|error| error.to_string());
@@ -334,7 +348,10 @@ impl Worker {
         self.readiness.unmet(SERVING, "draining");
         self.health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing).await;
         self.membership.set_state(MemberState::Draining);
-        if let Some(engine) = &self.engine {
+        // Before anything was served, the only sequence can be our own self-test, which nobody waits for.
+        if let Some(engine) = &self.engine
+            && self.service.has_served()
+        {
             let left = drained(&engine.handle(), &self.service, drain).await;
             if left > 0 {
                 tracing::warn!(sequences = left, ?drain, "not drained in time; what still runs is ended");

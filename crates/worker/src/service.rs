@@ -85,6 +85,11 @@ impl WorkerService {
         let _ = self.shared.engine.set(engine);
     }
 
+    /// Whether calls have ever been answered with an engine.
+    pub fn has_served(&self) -> bool {
+        self.shared.engine.get().is_some()
+    }
+
     /// Takes no new requests; hand-offs of those it has still arrive.
     pub fn drain(&self) {
         self.shared.draining.store(true, Ordering::Release);

@@ -18,8 +18,10 @@ pub mod cluster;
 pub mod golden;
 pub mod grpc;
 pub mod http;
+pub mod operator;
 pub mod process;
 pub mod python;
+pub mod role;
 pub mod wait;
 
 pub use cluster::Cluster;

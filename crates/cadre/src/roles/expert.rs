@@ -7,7 +7,7 @@ use cadre_expert::ExpertOptions;
 use cadre_types::ShardIndex;
 use clap::Args;
 
-use super::{RoleArgs, Seconds, announce, loopback, named};
+use super::{PodArgs, RoleArgs, Seconds, announce, ended, loopback};
 
 /// Holds the slots of one expert shard and answers workers' frames.
 #[derive(Args, Debug)]
@@ -15,8 +15,10 @@ pub(crate) struct ExpertArgs {
     #[command(flatten)]
     role: RoleArgs,
     /// Which shard it is, from 0.
-    #[arg(long, value_name = "INDEX")]
+    #[arg(long, value_name = "INDEX", env = "CADRE_SHARD")]
     shard: u16,
+    #[command(flatten)]
+    pod: PodArgs,
     /// `host:port` of the router's coordinator.
     #[arg(long, value_name = "ADDR", default_value_t = loopback(50050).to_string())]
     coordinator: String,
@@ -24,7 +26,7 @@ pub(crate) struct ExpertArgs {
     #[arg(long, value_name = "ADDR", default_value_t = loopback(0))]
     listen: SocketAddr,
     /// `host:port` under which workers reach it. [default: where it listens]
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", env = "CADRE_ADVERTISE")]
     advertise: Option<String>,
     /// Where to serve metrics, health and readiness; port 0 takes a free one.
     #[arg(long, value_name = "ADDR", default_value_t = loopback(0))]
@@ -46,6 +48,7 @@ impl ExpertArgs {
             numerics: self.role.numerics,
             threads: self.threads,
             drain: self.drain_timeout.0,
+            pod: self.pod.pod(),
             bound: Some(announce()),
             ..ExpertOptions::new(self.role.model, ShardIndex(self.shard), self.coordinator)
         }
@@ -55,6 +58,7 @@ impl ExpertArgs {
 /// Runs the role until it is asked to stop.
 pub(crate) async fn expert(args: ExpertArgs) -> Result<()> {
     let name = format!("expert {}", args.shard);
+    let log = args.role.termination_log.clone();
     let stop = args.role.begin(&name)?;
-    named(cadre_expert::run(args.options(), stop).await, &name)
+    ended(cadre_expert::run(args.options(), stop).await, &name, log.as_deref())
 }

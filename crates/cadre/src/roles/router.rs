@@ -1,12 +1,15 @@
 //! `cadre router`.
 
-use std::{net::SocketAddr, num::NonZeroU16, path::PathBuf};
+use std::{net::SocketAddr, num::NonZeroU16, path::PathBuf, time::Duration};
 
 use anyhow::Result;
 use cadre_router::{Limits, ListenAddresses, RouterOptions};
 use clap::Args;
 
-use super::{RoleArgs, Seconds, announce, named};
+use super::{RoleArgs, Seconds, announce, ended};
+
+/// Where shards come one by one and are told their failure domains by an operator.
+const DEFAULT_PLACEMENT_WAIT: Duration = Duration::from_secs(15);
 
 /// Takes requests, gives them to workers, and keeps the members and the placement (coordinator).
 #[derive(Args, Debug)]
@@ -22,6 +25,18 @@ pub(crate) struct RouterArgs {
     /// Extra slots per layer over all shards.
     #[arg(long, value_name = "N", default_value_t = 0)]
     redundant_slots: usize,
+    /// Copies that every expert has at least, each on another shard. [default: what the redundant slots give everyone]
+    #[arg(long, value_name = "N")]
+    min_copies: Option<NonZeroU16>,
+    /// File with the layout instead: {"shards": 4, "redundantSlots": 32, "minCopies": 2}; followed while it changes.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["shards", "redundant_slots", "min_copies"])]
+    layout_file: Option<PathBuf>,
+    /// Longest wait for all shards and their failure domains, from the first shard on, before the first placement is planned, in seconds. [default: 15 with a layout file, else 0: planned at start]
+    #[arg(long, value_name = "SECONDS")]
+    placement_wait: Option<Seconds>,
+    /// Routed experts per layer that the checkpoint must have.
+    #[arg(long, value_name = "N")]
+    routed_experts: Option<usize>,
     /// Expert load to plan from. [default: cadre-expert-load.json of the checkpoint, else even]
     #[arg(long, value_name = "FILE")]
     expert_load: Option<PathBuf>,
@@ -72,6 +87,14 @@ impl RouterArgs {
             served_model_name: self.served_model_name,
             numerics: self.role.numerics,
             redundant_slots: self.redundant_slots,
+            min_copies: self.min_copies,
+            placement_wait: match (self.placement_wait, &self.layout_file) {
+                (Some(wait), _) => wait.0,
+                (None, Some(_)) => DEFAULT_PLACEMENT_WAIT,
+                (None, None) => Duration::ZERO,
+            },
+            layout_file: self.layout_file,
+            routed_experts: self.routed_experts,
             expert_load: self.expert_load,
             listen: ListenAddresses {
                 grpc: self.grpc,
@@ -99,6 +122,7 @@ impl RouterArgs {
 
 /// Runs the role until it is asked to stop.
 pub(crate) async fn router(args: RouterArgs) -> Result<()> {
+    let log = args.role.termination_log.clone();
     let stop = args.role.begin("router")?;
-    named(cadre_router::run(args.options(), stop).await, "router")
+    ended(cadre_router::run(args.options(), stop).await, "router", log.as_deref())
 }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use cadre_worker::{WorkerOptions, WorkerRole, WorkerTimeouts, options::DEFAULT_KV_BYTES};
 use clap::{Args, ValueEnum};
 
-use super::{RoleArgs, Seconds, announce, loopback, named};
+use super::{PodArgs, RoleArgs, Seconds, announce, ended, loopback};
 
 /// Runs attention and everything else of the model but the routed experts.
 #[derive(Args, Debug)]
@@ -16,6 +16,8 @@ pub(crate) struct WorkerArgs {
     /// What it does.
     #[arg(long, value_enum, default_value_t = RoleName::Both)]
     role: RoleName,
+    #[command(flatten)]
+    pod: PodArgs,
     /// `host:port` of the router's coordinator.
     #[arg(long, value_name = "ADDR", default_value_t = loopback(50050).to_string())]
     coordinator: String,
@@ -23,7 +25,7 @@ pub(crate) struct WorkerArgs {
     #[arg(long, value_name = "ADDR", default_value_t = loopback(0))]
     listen: SocketAddr,
     /// `host:port` under which the router and other workers reach it. [default: where it listens]
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", env = "CADRE_ADVERTISE")]
     advertise: Option<String>,
     /// Where to serve metrics, health and readiness; port 0 takes a free one.
     #[arg(long, value_name = "ADDR", default_value_t = loopback(0))]
@@ -93,6 +95,7 @@ impl WorkerArgs {
                 uncovered: self.uncovered_timeout.0,
                 dispatch: self.dispatch_timeout.0,
             },
+            pod: self.pod.pod(),
             bound: Some(announce()),
             ..defaults
         }
@@ -106,6 +109,7 @@ pub(crate) async fn worker(args: WorkerArgs) -> Result<()> {
         RoleName::Decode => "decode",
         RoleName::Both => "worker",
     };
+    let log = args.role_args.termination_log.clone();
     let stop = args.role_args.begin(name)?;
-    named(cadre_worker::run(args.options(), stop).await, name)
+    ended(cadre_worker::run(args.options(), stop).await, name, log.as_deref())
 }

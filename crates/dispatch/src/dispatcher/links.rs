@@ -92,17 +92,26 @@ impl Links {
         }
     }
 
-    /// Takes up a view if it is new: links to new addresses, and no link to shards that the placement no
-    /// longer has. Returns the shards that were listed before and are not now.
+    /// Takes up a view if it is new: links to new addresses, those of the next placement included, so that
+    /// they are up when it comes into force; and no link to shards that no placement in use has any more.
+    /// Returns the shards that were listed before and are not now.
     pub(super) fn follow(&mut self, view: &Arc<ClusterView>, now: Instant) -> Vec<ShardIndex> {
         if self.view.as_ref().is_some_and(|known| Arc::ptr_eq(known, view)) {
             return Vec::new();
         }
-        self.view = Some(view.clone());
-        let shards = view.placement.num_shards();
+        let before = self.view.replace(view.clone()).map_or(0, |known| known.placement.num_shards());
+        let placed = view.placement.num_shards();
+        let shards = placed.max(view.next.as_ref().map_or(0, |next| next.num_shards()));
         self.grow(shards);
-        for gone in &mut self.links[shards..] {
-            *gone = None;
+        // Frames of an older placement may be out; nobody is left on it once the oldest epoch has moved.
+        if view.oldest_epoch >= view.placement.epoch() {
+            for gone in &mut self.links[shards..] {
+                *gone = None;
+            }
+        }
+        // What failed them before they were in the placement says little about them now.
+        for joined in self.health.iter_mut().take(placed).skip(before) {
+            joined.link_up(now);
         }
         let mut expired = Vec::new();
         for index in 0..shards {

@@ -4,7 +4,7 @@ use std::{collections::HashMap, time::Instant};
 
 use bytes::Bytes;
 use cadre_ops::{DispatchBatch, ExchangeError, ExchangeTicket, ExpertRows, HostRows, RowFormat};
-use cadre_types::{LayerId, LogicalExpert, ShardIndex};
+use cadre_types::{LayerId, LogicalExpert, PlacementEpoch, ShardIndex};
 
 use crate::{
     frame::DispatchFrame,
@@ -158,6 +158,12 @@ impl Step {
     pub(super) fn waiting(&self, wanted: impl Fn(&InFlight) -> bool) -> Vec<u64> {
         let waiting = self.frames.iter().filter(|frame| frame.progress == Progress::Waiting);
         waiting.filter(|frame| wanted(frame)).map(|frame| frame.frame.sequence).collect()
+    }
+
+    /// Whether a frame of an older placement is unanswered.
+    pub(super) fn waits_under_older(&self, epoch: PlacementEpoch) -> bool {
+        let waiting = self.frames.iter().filter(|frame| frame.progress == Progress::Waiting);
+        waiting.map(|frame| frame.frame.generation.epoch).any(|sent_under| sent_under < epoch)
     }
 
     /// When the oldest unanswered frame was sent.

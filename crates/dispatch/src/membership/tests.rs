@@ -44,6 +44,15 @@ impl v1::coordinator_server::Coordinator for Scripted {
         self.sessions.send(played).await.map_err(|_| Status::unavailable("test is over"))?;
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
+
+    type OperateStream = tokio_stream::Empty<Result<v1::CoordinatorStatus, Status>>;
+
+    async fn operate(
+        &self,
+        _request: Request<Streaming<v1::OperatorView>>,
+    ) -> Result<Response<Self::OperateStream>, Status> {
+        Err(Status::unimplemented("no operator in this test"))
+    }
 }
 
 struct Server {
@@ -71,12 +80,8 @@ fn generation(epoch: u64) -> Generation {
 fn view(epoch: u64, model: u8) -> v1::ClusterView {
     let layers = vec![LayerPlacement { layer: LayerId(1), slots: vec![vec![LogicalExpert(0)]] }];
     let placement = Placement::new(PlacementEpoch(epoch), 1, layers).unwrap();
-    let view = ClusterView {
-        generation: Generation { model: ModelHash([model; 16]), ..generation(epoch) },
-        placement: Arc::new(placement),
-        members: Vec::new(),
-    };
-    (&view).into()
+    let generation = Generation { model: ModelHash([model; 16]), ..generation(epoch) };
+    (&ClusterView::settled(generation, Arc::new(placement), Vec::new())).into()
 }
 
 fn join_as_shard(address: SocketAddr, interval: Duration) -> Membership {
@@ -85,6 +90,7 @@ fn join_as_shard(address: SocketAddr, interval: Duration) -> Membership {
         role: Role::Expert(ShardIndex(3)),
         address: "127.0.0.1:1".to_owned(),
         state: MemberState::Starting,
+        pod: None,
     };
     let mut options = MembershipOptions::new(address.to_string());
     options.interval = interval;
@@ -159,6 +165,33 @@ async fn a_restarted_coordinator_is_rejoined_and_the_last_view_stays() {
     let mut session = second.sessions.recv().await.unwrap();
     let report = session.report().await;
     assert_eq!(report.member.unwrap().state(), v1::MemberState::Ready, "the state survives the reconnect");
+    assert_eq!(report.applied_placement, None, "nothing was applied");
+}
+
+#[tokio::test]
+async fn the_first_report_of_each_stream_carries_the_applied_placement() {
+    let mut server = serve("127.0.0.1:0", false).await;
+    let membership = join_as_shard(server.address, NEVER);
+    let mut session = server.sessions.recv().await.unwrap();
+    assert_eq!(session.report().await.applied_placement, None);
+    let placement = ClusterView::try_from(&view(4, 7)).unwrap().placement;
+    let next = Arc::new(placement.with_epoch(PlacementEpoch(5)));
+    membership.set_applied(&placement);
+    let later = session.report().await;
+    assert_eq!((later.generation.unwrap().epoch, later.applied_placement), (4, None));
+    membership.set_prepared(Some(&next));
+    let prepared = session.report().await;
+    assert_eq!((prepared.prepared_epoch, prepared.prepared_digest), (5, next.digest()));
+
+    server.task.abort();
+    drop(session);
+    assert!((&mut server.task).await.unwrap_err().is_cancelled());
+    let mut second = serve(&server.address.to_string(), false).await;
+    let first = second.sessions.recv().await.unwrap().report().await;
+    assert_eq!(first.applied_placement, Some(v1::Placement::from(&*placement)));
+    assert_eq!((first.placement_digest, first.prepared_epoch), (placement.digest(), 5));
+    membership.set_prepared(None);
+    membership.clear_applied();
 }
 
 #[tokio::test]
@@ -178,6 +211,6 @@ async fn views_of_other_weights_and_broken_views_are_not_published() {
 async fn a_refusal_is_final_and_says_why() {
     let server = serve("127.0.0.1:0", true).await;
     let membership = join_as_shard(server.address, NEVER);
-    assert_eq!(membership.refused().await, "model hash differs");
+    assert_eq!(membership.refused().await.reason, "model hash differs");
     assert!(!membership.views().has_changed().unwrap(), "views stay open: only the refusal says why");
 }

@@ -1,18 +1,24 @@
-//! The thread and runtime of a worker's links, and how the dispatching thread borrows them.
+//! The thread and runtime of a process's dispatch streams, and how the thread that waits for frames borrows
+//! them.
 //!
-//! All links of a worker run on one single-threaded runtime. Its own thread drives it while nobody else
-//! does. While the engine waits for experts, the engine's thread drives it instead ([`Drive`]): it reads
-//! the sockets itself, and an answer reaches it without waking another thread. The thread gives way when
-//! asked, and takes over again when the engine has not driven for `LINGER`, or at once if frames are
-//! left that the sockets did not take. Between two drives of the engine, arriving answers wait in the
-//! socket; keep-alive pings are answered within `LINGER`.
+//! All streams of a worker, or of a shard, run on one single-threaded runtime. Its own thread drives it while
+//! nobody else does. While the engine waits for experts, or the compute thread of a shard for frames, that
+//! thread drives it instead ([`Drive`]): it reads the sockets itself, and a frame reaches it without waking
+//! another thread. The I/O thread gives way when asked, and takes over again when the guest has not driven
+//! for `LINGER`, or at once if frames are left that the sockets did not take. Between two drives of the guest,
+//! arriving frames wait in the socket; keep-alive pings are answered within `ATTENDED`.
+//!
+//! **Polling.** A thread that sleeps in the kernel is woken by an interrupt to a halted core, which costs more
+//! than the round trip of a small frame (docs/performance.md). So a guest first polls the sockets for up to
+//! `POLL`, offering its core to others between two looks. If somebody takes the core, it is needed more
+//! elsewhere, and the next waits sleep at once: polling uses only what would be idle.
 
 use std::{
     io,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     task::Poll,
     thread::{self, Thread},
@@ -27,6 +33,24 @@ use super::Drive;
 /// How long the engine may stay away before the I/O thread takes over: longer than the attention of a
 /// decode layer, so that it stays parked through a decode step; far shorter than any time-out.
 const LINGER: Duration = Duration::from_millis(5);
+
+/// How often the I/O thread looks whether a guest that drives is still there: the guest does the work, so
+/// nothing but keep-alive pings waits for the look, and they have seconds.
+const ATTENDED: Duration = Duration::from_millis(50);
+
+/// How long a wait polls before it sleeps: the round trip of a decode frame and its experts on an otherwise
+/// idle pair of machines. Longer waits gain little from polling, relative to their length.
+const POLL: Duration = Duration::from_micros(100);
+
+/// Two looks further apart than this, and somebody else has used the core in between. An undisturbed look takes
+/// one or two microseconds; one that reads a large frame counts as disturbed, which is as well: copying, not
+/// waking, is then the cost.
+const DISTURBED: Duration = Duration::from_micros(20);
+
+/// After a disturbed wait, so many waits sleep at once; twice as many after each further one, up to
+/// [`MAX_SLEEPS`]. At a few waits per layer that is one try in every few steps of a busy machine.
+const FIRST_SLEEPS: u32 = 8;
+const MAX_SLEEPS: u32 = 256;
 
 /// Frames of one dispatch up to this many bytes are expected to fit the sockets' send buffers; with more,
 /// the I/O thread is woken to write them while the engine computes.
@@ -134,10 +158,12 @@ impl Shared {
     /// Waits until guests have been away for [`LINGER`] or want the thread back.
     fn stay_away(&self) {
         let (mut seen, mut since) = (self.visits.load(Ordering::Acquire), Instant::now());
+        let mut nap = LINGER;
         while !self.stopped.load(Ordering::Acquire) {
-            thread::park_timeout(LINGER);
+            thread::park_timeout(nap);
             let visits = self.visits.load(Ordering::Acquire);
             let away = self.guests.load(Ordering::SeqCst) == 0;
+            nap = if away { LINGER } else { ATTENDED };
             if !away || visits != seen {
                 (seen, since) = (visits, Instant::now());
             }
@@ -170,10 +196,11 @@ impl Shared {
     }
 }
 
-/// Drives an I/O runtime for one dispatcher.
+/// Drives an I/O runtime for one thread that waits for frames.
 #[derive(Debug)]
 pub struct Driver {
     io: IoHandle,
+    polling: Polling,
     /// The timer of past and present waits. Deadlines are seconds away and each is a little later than the
     /// last, so a timer armed for an earlier one is left to ring (and the caller to look again) rather
     /// than moved on every wait, which would cost more than the wait's own system call.
@@ -181,9 +208,9 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// A driver for one dispatcher.
+    /// A driver for one thread.
     pub fn new(io: IoHandle) -> Self {
-        Self { io, alarm: Mutex::new(None) }
+        Self { io, polling: Polling::default(), alarm: Mutex::new(None) }
     }
 
     /// Completes at the deadline or, where an earlier wait left the timer armed, before.
@@ -230,13 +257,73 @@ impl Drive for Driver {
     fn wait(&self, event: &Notify, deadline: Instant) -> bool {
         // Which of the two came first makes no difference: the caller looks at its mailbox and its clock.
         let waiting = async {
+            let mut notified = pin!(event.notified());
+            if self.polling.poll(notified.as_mut(), deadline).await {
+                return;
+            }
             tokio::select! {
                 biased;
-                () = event.notified() => {}
+                () = notified => {}
                 () = self.alarm(deadline) => {}
             }
         };
         self.io.shared.drive(waiting).is_some()
+    }
+}
+
+/// Whether waiting by polling pays just now.
+#[derive(Debug, Default)]
+struct Polling {
+    /// Waits that are still to sleep at once.
+    sleeps: AtomicU32,
+    /// What `sleeps` was last set to; 0 after an undisturbed wait.
+    penalty: AtomicU32,
+}
+
+impl Polling {
+    /// Polls the runtime that the caller is on until `event` is ready (true), or polling stops paying.
+    async fn poll(&self, mut event: Pin<&mut impl Future<Output = ()>>, deadline: Instant) -> bool {
+        if self.sleeps_at_once() {
+            return false;
+        }
+        let begun = Instant::now();
+        let mut looked = begun;
+        loop {
+            let ready = std::future::poll_fn(|cx| Poll::Ready(event.as_mut().poll(cx).is_ready())).await;
+            if ready {
+                self.undisturbed();
+                return true;
+            }
+            // Runs what is ready and looks at the sockets, without sleeping.
+            tokio::task::yield_now().await;
+            thread::yield_now();
+            let now = Instant::now();
+            if now.duration_since(looked) > DISTURBED {
+                self.disturbed();
+                return false;
+            }
+            if now.duration_since(begun) > POLL || now >= deadline {
+                return false;
+            }
+            looked = now;
+        }
+    }
+
+    fn sleeps_at_once(&self) -> bool {
+        // One thread waits, so this need not be one atomic step.
+        let left = self.sleeps.load(Ordering::Relaxed);
+        self.sleeps.store(left.saturating_sub(1), Ordering::Relaxed);
+        left > 0
+    }
+
+    fn disturbed(&self) {
+        let penalty = (2 * self.penalty.load(Ordering::Relaxed)).clamp(FIRST_SLEEPS, MAX_SLEEPS);
+        self.penalty.store(penalty, Ordering::Relaxed);
+        self.sleeps.store(penalty, Ordering::Relaxed);
+    }
+
+    fn undisturbed(&self) {
+        self.penalty.store(0, Ordering::Relaxed);
     }
 }
 
@@ -308,6 +395,36 @@ mod tests {
             });
         });
         finished.recv_timeout(PATIENCE).unwrap();
+    }
+
+    #[test]
+    fn waits_that_are_disturbed_again_and_again_poll_less_and_less() {
+        let polling = Polling::default();
+        let slept = || std::iter::repeat_with(|| polling.sleeps_at_once()).take_while(|slept| *slept).count();
+        assert_eq!(slept(), 0);
+        let after = |disturbances: usize| {
+            (0..disturbances).for_each(|_| polling.disturbed());
+            slept()
+        };
+        assert_eq!([after(1), after(1), after(1), after(9)], [8, 16, 32, 256]);
+        polling.undisturbed();
+        assert_eq!(after(1), 8);
+    }
+
+    #[test]
+    fn an_event_that_comes_while_polling_ends_it_and_one_that_does_not_leaves_it_bounded() {
+        let runtime = runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let event = Arc::new(Notify::new());
+            let notify = event.clone();
+            tokio::spawn(async move { notify.notify_one() });
+            let polling = Polling::default();
+            let deadline = Instant::now() + PATIENCE;
+            // False only if this machine took the core away meanwhile.
+            let seen = polling.poll(pin!(event.notified()), deadline).await;
+            assert!(seen || polling.penalty.load(Ordering::Relaxed) > 0);
+            assert!(!Polling::default().poll(pin!(Notify::new().notified()), deadline).await);
+        });
     }
 
     #[test]

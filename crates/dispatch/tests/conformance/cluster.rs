@@ -54,9 +54,10 @@ impl<R: Rig> Cluster<R> {
                 role: Role::Expert(shard),
                 address,
                 state: MemberState::Ready,
+                pod: None,
             });
         }
-        let view = ClusterView { generation: weights, placement, members };
+        let view = ClusterView::settled(weights, placement, members);
         Self { rig, shards, view, weights }
     }
 

@@ -20,10 +20,15 @@ fn view() -> t::ClusterView {
         role,
         address: format!("{id}:7000"),
         state,
+        pod: (id != "a").then(|| t::PodRef { name: format!("pod-{id}"), uid: format!("uid-{id}") }),
     };
+    let slots = vec![vec![expert(0), expert(1), expert(2)]];
+    let next = [1, 2].map(|layer| t::LayerPlacement { layer: t::LayerId(layer), slots: slots.clone() });
     t::ClusterView {
         generation: t::Generation { model: t::ModelHash([7; 16]), numerics: t::NumericsClass::Fp8, epoch },
         placement: Arc::new(t::Placement::new(epoch, 3, layers).unwrap()),
+        next: Some(Arc::new(t::Placement::new(t::PlacementEpoch(10), 3, next.to_vec()).unwrap())),
+        oldest_epoch: t::PlacementEpoch(8),
         members: vec![
             member("a", t::Role::Prefill, t::MemberState::Starting),
             member("b", t::Role::Decode, t::MemberState::Ready),
@@ -37,6 +42,8 @@ fn view() -> t::ClusterView {
 fn a_view_comes_back_as_it_was_sent() {
     let wire = v1::ClusterView::from(&view());
     assert_eq!(t::ClusterView::try_from(&wire), Ok(view()));
+    let plain = t::ClusterView { next: None, ..view() };
+    assert_eq!(t::ClusterView::try_from(&v1::ClusterView::from(&plain)), Ok(plain));
 }
 
 #[test]
@@ -100,6 +107,11 @@ fn what_does_not_fit_is_refused_by_field() {
             format!("finish_reason: unknown value {number}")
         );
     }
+    assert_eq!(
+        refused(|wire| wire.members[1].pod.as_mut().unwrap().uid = String::new()),
+        "pod.uid: 0 bytes, must be 1..=256"
+    );
+    assert!(refused(|wire| wire.next.as_mut().unwrap().layers[0].shards.clear()).starts_with("placement: "));
     assert_eq!(refused(|wire| wire.members[3].shard = 65_536), "member.shard: 65536 is out of range");
     let placement = |change: fn(&mut v1::Placement)| refused(|wire| change(wire.placement.as_mut().unwrap()));
     assert_eq!(

@@ -1860,6 +1860,17 @@ pub struct Member {
     pub address: ::prost::alloc::string::String,
     #[prost(enumeration = "MemberState", tag = "5")]
     pub state: i32,
+    /// Absent outside Kubernetes.
+    #[prost(message, optional, tag = "6")]
+    pub pod: ::core::option::Option<PodRef>,
+}
+/// The pod of a member, as the downward API tells it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PodRef {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub uid: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Report {
@@ -1882,6 +1893,16 @@ pub struct Report {
     /// epoch); 0 before the first. A restarted coordinator keeps an epoch only for the same placement.
     #[prost(fixed64, tag = "6")]
     pub placement_digest: u64,
+    /// Shards: digest and epoch of the placement that they hold, and have proven, beside the applied one; 0
+    /// for none. Both must be those of the view's `next`: two plans may be the same but for the epoch.
+    #[prost(fixed64, tag = "7")]
+    pub prepared_digest: u64,
+    #[prost(uint64, tag = "9")]
+    pub prepared_epoch: u64,
+    /// In the first report of a stream: the whole applied placement, from which a restarted coordinator
+    /// takes over. Absent before the first placement and in later reports.
+    #[prost(message, optional, tag = "8")]
+    pub applied_placement: ::core::option::Option<Placement>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WorkerLoad {
@@ -1909,6 +1930,8 @@ pub struct LayerLoad {
     #[prost(uint64, repeated, tag = "2")]
     pub tokens: ::prost::alloc::vec::Vec<u64>,
 }
+/// The first one is sent as soon as there is a placement; a coordinator that waits for shards before it
+/// plans sends nothing until then.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ClusterView {
     #[prost(message, optional, tag = "1")]
@@ -1917,6 +1940,12 @@ pub struct ClusterView {
     pub placement: ::core::option::Option<Placement>,
     #[prost(message, repeated, tag = "3")]
     pub members: ::prost::alloc::vec::Vec<Member>,
+    /// The placement that will be in force as soon as its shards hold it; shards load it beside `placement`.
+    #[prost(message, optional, tag = "4")]
+    pub next: ::core::option::Option<Placement>,
+    /// Shards keep answering frames of this epoch and later ones.
+    #[prost(uint64, tag = "5")]
+    pub oldest_epoch: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Placement {
@@ -1939,6 +1968,108 @@ pub struct ShardSlots {
     /// Logical expert of each slot.
     #[prost(uint32, repeated, tag = "1")]
     pub experts: ::prost::alloc::vec::Vec<u32>,
+}
+/// What a placement is planned from.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Layout {
+    #[prost(uint32, tag = "1")]
+    pub shards: u32,
+    /// Extra slots per layer over all shards.
+    #[prost(uint32, tag = "2")]
+    pub redundant_slots: u32,
+    /// Copies that every expert has at least, each on another shard.
+    #[prost(uint32, tag = "3")]
+    pub min_copies: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct OperatorView {
+    #[prost(message, optional, tag = "1")]
+    pub layout: ::core::option::Option<Layout>,
+    /// Every pod of the model that exists; a member whose pod is not among them is gone.
+    #[prost(message, repeated, tag = "2")]
+    pub pods: ::prost::alloc::vec::Vec<PodView>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PodView {
+    #[prost(message, optional, tag = "1")]
+    pub pod: ::core::option::Option<PodRef>,
+    /// Failure domain; empty before the pod is on a node, or if the node lacks the label.
+    #[prost(string, tag = "2")]
+    pub domain: ::prost::alloc::string::String,
+    /// The pod is going away: it gets no new work.
+    #[prost(bool, tag = "3")]
+    pub withdrawn: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CoordinatorStatus {
+    #[prost(message, optional, tag = "1")]
+    pub generation: ::core::option::Option<Generation>,
+    #[prost(message, optional, tag = "2")]
+    pub layout: ::core::option::Option<Layout>,
+    /// The layout being prepared; absent when the wanted one is in force.
+    #[prost(message, optional, tag = "3")]
+    pub next: ::core::option::Option<NextLayout>,
+    #[prost(message, repeated, tag = "4")]
+    pub members: ::prost::alloc::vec::Vec<MemberStatus>,
+    #[prost(message, optional, tag = "5")]
+    pub coverage: ::core::option::Option<Coverage>,
+    /// Largest over mean tokens per shard, averaged over layers by their tokens; absent without traffic.
+    #[prost(double, optional, tag = "6")]
+    pub imbalance: ::core::option::Option<f64>,
+    /// The router itself takes requests.
+    #[prost(bool, tag = "7")]
+    pub serving: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NextLayout {
+    #[prost(message, optional, tag = "1")]
+    pub layout: ::core::option::Option<Layout>,
+    /// 0 before it is planned.
+    #[prost(uint64, tag = "2")]
+    pub epoch: u64,
+    #[prost(string, tag = "3")]
+    pub waiting_for: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemberStatus {
+    #[prost(message, optional, tag = "1")]
+    pub member: ::core::option::Option<Member>,
+    /// Admitted, proven by a real step and not withdrawn: work is routed to it.
+    #[prost(bool, tag = "2")]
+    pub routable: bool,
+    /// Epoch of the placement it has applied; 0 before the first.
+    #[prost(uint64, tag = "3")]
+    pub applied_epoch: u64,
+    #[prost(message, optional, tag = "4")]
+    pub loading: ::core::option::Option<LoadProgress>,
+    /// Workers: running and waiting.
+    #[prost(uint32, tag = "5")]
+    pub sequences: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Coverage {
+    /// (layer, expert) pairs of the placement.
+    #[prost(uint64, tag = "1")]
+    pub experts: u64,
+    #[prost(uint64, tag = "2")]
+    pub uncovered: u64,
+    /// Pairs that one more loss uncovers although the layout asks for more copies.
+    #[prost(uint64, tag = "3")]
+    pub at_risk: u64,
+    /// The first few uncovered ones, then the first few at risk.
+    #[prost(message, repeated, tag = "4")]
+    pub examples: ::prost::alloc::vec::Vec<CoverageExample>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CoverageExample {
+    #[prost(uint32, tag = "1")]
+    pub layer: u32,
+    #[prost(uint32, tag = "2")]
+    pub expert: u32,
+    #[prost(uint32, tag = "3")]
+    pub copies: u32,
+    #[prost(string, tag = "4")]
+    pub reason: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -2125,6 +2256,33 @@ pub mod coordinator_client {
                 .insert(GrpcMethod::new("cadre.v1.Coordinator", "Watch"));
             self.inner.streaming(req, path, codec).await
         }
+        /// The operator's side: each message is its whole view of layout and pods; the coordinator answers with
+        /// its whole status, at once and on every change (at most twice a second). The stream's end changes
+        /// nothing: the last view stays in force, and members live by their leases alone.
+        pub async fn operate(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<Message = super::OperatorView>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::CoordinatorStatus>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/cadre.v1.Coordinator/Operate",
+            );
+            let mut req = request.into_streaming_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("cadre.v1.Coordinator", "Operate"));
+            self.inner.streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -2150,6 +2308,19 @@ pub mod coordinator_server {
             &self,
             request: tonic::Request<tonic::Streaming<super::Report>>,
         ) -> std::result::Result<tonic::Response<Self::WatchStream>, tonic::Status>;
+        /// Server streaming response type for the Operate method.
+        type OperateStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::CoordinatorStatus, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// The operator's side: each message is its whole view of layout and pods; the coordinator answers with
+        /// its whole status, at once and on every change (at most twice a second). The stream's end changes
+        /// nothing: the last view stays in force, and members live by their leases alone.
+        async fn operate(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::OperatorView>>,
+        ) -> std::result::Result<tonic::Response<Self::OperateStream>, tonic::Status>;
     }
     /// Runs inside the router. Members (workers and shards) keep one Watch stream open: the first report
     /// registers them, later ones renew the lease and carry load; the coordinator sends its whole view on
@@ -2259,6 +2430,54 @@ pub mod coordinator_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = WatchSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/cadre.v1.Coordinator/Operate" => {
+                    #[allow(non_camel_case_types)]
+                    struct OperateSvc<T: Coordinator>(pub Arc<T>);
+                    impl<
+                        T: Coordinator,
+                    > tonic::server::StreamingService<super::OperatorView>
+                    for OperateSvc<T> {
+                        type Response = super::CoordinatorStatus;
+                        type ResponseStream = T::OperateStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                tonic::Streaming<super::OperatorView>,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Coordinator>::operate(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = OperateSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

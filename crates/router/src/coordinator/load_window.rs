@@ -8,7 +8,7 @@
 use std::{collections::VecDeque, time::Duration};
 
 use cadre_placement::{ExpertLoad, LayerLoad};
-use cadre_types::{LayerId, Placement};
+use cadre_types::LayerId;
 use tokio::time::Instant;
 
 /// Buckets of a window.
@@ -38,9 +38,10 @@ pub(super) enum LoadMismatch {
 }
 
 impl LoadWindow {
-    pub(super) fn new(placement: &Placement, window: Duration) -> Self {
-        let layers: Vec<LayerId> = placement.layers().iter().map(|layer| layer.layer).collect();
-        let num_experts = placement.num_experts();
+    /// A window over the layers and experts of a model, which are those of any load of it.
+    pub(super) fn new(model: &ExpertLoad, window: Duration) -> Self {
+        let layers: Vec<LayerId> = model.layers().iter().map(|layer| layer.layer).collect();
+        let num_experts = model.num_experts();
         let sum = vec![0; layers.len() * num_experts];
         // A window shorter than a second would only measure the rhythm of reports.
         let bucket = window.max(Duration::from_secs(1)) / BUCKETS;
@@ -105,15 +106,11 @@ impl LoadWindow {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-    use cadre_types::{LayerPlacement, LogicalExpert, PlacementEpoch};
-
     use super::*;
 
     fn window() -> LoadWindow {
-        let slots = vec![vec![LogicalExpert(0), LogicalExpert(1)]];
-        let layers = [1, 2].map(|layer| LayerPlacement { layer: LayerId(layer), slots: slots.clone() });
-        let placement = Placement::new(PlacementEpoch(1), 2, layers.to_vec()).unwrap();
-        LoadWindow::new(&placement, Duration::from_secs(60))
+        let model = ExpertLoad::uniform([LayerId(1), LayerId(2)], 2).unwrap();
+        LoadWindow::new(&model, Duration::from_secs(60))
     }
 
     fn tokens(window: &mut LoadWindow, now: Instant) -> Vec<Vec<u64>> {

@@ -1,9 +1,9 @@
-//! The placement at start: from a file of measured load, or as if all experts were alike.
+//! Plans from a file of measured load, or as if all experts were alike; and the layout that is asked for.
 
 use std::path::{Path, PathBuf};
 
-use cadre_placement::{ExpertLoad, plan_initial};
-use cadre_types::{ModelConfig, Placement, PlacementEpoch};
+use cadre_placement::{DomainIndex, ExpertLoad, PlanError, affordable_copies, plan_initial};
+use cadre_types::{Layout, ModelConfig, Placement, PlacementEpoch};
 
 use crate::{error::RouterError, options::RouterOptions};
 
@@ -13,16 +13,103 @@ const LOAD_FILE: &str = "cadre-expert-load.json";
 /// Largest load file. V3 needs 59 layers × 256 counts of at most 21 characters: 320 KB.
 const MAX_LOAD_BYTES: u64 = 64 << 20;
 
-/// The placement under epoch 1.
-pub(crate) fn plan(options: &RouterOptions, config: &ModelConfig) -> Result<Placement, RouterError> {
-    let load = expert_load(options, config)?;
-    Ok(plan_initial(
-        &load,
-        config.n_routed_experts,
-        usize::from(options.shards.get()),
-        options.redundant_slots,
-        PlacementEpoch(1),
-    )?)
+/// Largest layout file; three numbers and their names.
+const MAX_LAYOUT_BYTES: u64 = 64 << 10;
+
+/// Plans placements of one model.
+#[derive(Clone, Debug)]
+pub(crate) struct Planner {
+    load: ExpertLoad,
+}
+
+impl Planner {
+    /// A planner for the load that the options name.
+    pub(crate) fn new(options: &RouterOptions, config: &ModelConfig) -> Result<Self, RouterError> {
+        Ok(Self { load: expert_load(options, config)? })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn for_load(load: ExpertLoad) -> Self {
+        Self { load }
+    }
+
+    /// The load that plans are made for.
+    pub(crate) fn load(&self) -> &ExpertLoad {
+        &self.load
+    }
+
+    pub(crate) fn plan(
+        &self,
+        layout: Layout,
+        domains: &[Option<DomainIndex>],
+        epoch: PlacementEpoch,
+    ) -> Result<Placement, PlanError> {
+        plan_initial(&self.load, self.load.num_experts(), layout, domains, epoch)
+    }
+
+    /// Whether a placement is one of this model.
+    pub(crate) fn fits(&self, placement: &Placement) -> bool {
+        placement.num_experts() == self.load.num_experts()
+            && placement.num_shards() > 0
+            && placement.layers().iter().map(|layer| layer.layer).eq(self
+                .load
+                .layers()
+                .iter()
+                .map(|layer| layer.layer))
+    }
+
+    /// The layout that a placement of this model has.
+    pub(crate) fn layout_of(&self, placement: &Placement) -> Layout {
+        let slots = |slots: &[Vec<_>]| slots.iter().map(Vec::len).sum::<usize>();
+        let slots = placement.layers().iter().map(|layer| slots(&layer.slots)).min().unwrap_or(0);
+        let redundant = slots.saturating_sub(placement.num_experts());
+        Layout {
+            // A placement's shards have 16-bit ids, and no expert has more copies than there are shards.
+            shards: placement.num_shards() as u16,
+            redundant_slots: u32::try_from(redundant).unwrap_or(u32::MAX),
+            min_copies: fewest_copies(placement) as u16,
+        }
+    }
+
+    /// Whether a placement gives what a layout asks for.
+    pub(crate) fn satisfies(&self, placement: &Placement, layout: Layout) -> bool {
+        let has = self.layout_of(placement);
+        (has.shards, has.redundant_slots) == (layout.shards, layout.redundant_slots)
+            && has.min_copies >= layout.min_copies
+    }
+}
+
+fn fewest_copies(placement: &Placement) -> usize {
+    // Expert ids have 16 bits.
+    let experts = || (0..placement.num_experts()).map(|expert| cadre_types::LogicalExpert(expert as u16));
+    let layers = placement.layers().iter();
+    let copies =
+        layers.flat_map(|layer| experts().map(|expert| placement.replicas(layer.layer, expert).len()));
+    copies.min().unwrap_or(0)
+}
+
+/// The layout that the options ask for: the file's, or the flags'. Without a number of copies, as many as
+/// the redundant slots give everyone.
+pub(crate) fn layout(options: &RouterOptions, config: &ModelConfig) -> Result<Layout, RouterError> {
+    if let Some(path) = &options.layout_file {
+        return read_layout(path);
+    }
+    let affordable = affordable_copies(config.n_routed_experts, options.redundant_slots);
+    let min_copies = options.min_copies.map_or(affordable, |copies| usize::from(copies.get()));
+    Ok(Layout {
+        shards: options.shards.get(),
+        redundant_slots: u32::try_from(options.redundant_slots).unwrap_or(u32::MAX),
+        min_copies: u16::try_from(min_copies).unwrap_or(u16::MAX),
+    })
+}
+
+/// Reads a layout file.
+pub(crate) fn read_layout(path: &Path) -> Result<Layout, RouterError> {
+    let text = read(path, MAX_LAYOUT_BYTES)?;
+    serde_json::from_slice(&text).map_err(|error| RouterError::File {
+        path: PathBuf::from(path),
+        problem: format!("{error}; a layout is {{\"shards\": 4, \"redundantSlots\": 32, \"minCopies\": 2}}"),
+    })
 }
 
 fn expert_load(options: &RouterOptions, config: &ModelConfig) -> Result<ExpertLoad, RouterError> {
@@ -35,22 +122,28 @@ fn expert_load(options: &RouterOptions, config: &ModelConfig) -> Result<ExpertLo
             return uniform.map_err(|source| RouterError::Load { path: options.model_dir.clone(), source });
         }
     };
-    let load = read(&path)?;
+    let load = read_load(&path)?;
     let checked = load.check_model(config.moe_layers(), config.n_routed_experts);
     checked.map_err(|source| RouterError::Load { path: path.clone(), source })?;
-    tracing::info!(path = %path.display(), "placement planned from measured expert load");
+    tracing::info!(path = %path.display(), "placements are planned from measured expert load");
     Ok(load)
 }
 
-fn read(path: &Path) -> Result<ExpertLoad, RouterError> {
+fn read_load(path: &Path) -> Result<ExpertLoad, RouterError> {
+    let text = read(path, MAX_LOAD_BYTES)?;
+    serde_json::from_slice(&text).map_err(|error| RouterError::File {
+        path: PathBuf::from(path),
+        problem: format!("{error}; export one from /expert-load of a router's admin port"),
+    })
+}
+
+fn read(path: &Path, most: u64) -> Result<Vec<u8>, RouterError> {
     let failed = |problem: String| RouterError::File { path: PathBuf::from(path), problem };
     let size = std::fs::metadata(path).map_err(|error| failed(error.to_string()))?.len();
-    if size > MAX_LOAD_BYTES {
-        return Err(failed(format!("{size} bytes, an expert load has at most {MAX_LOAD_BYTES}")));
+    if size > most {
+        return Err(failed(format!("{size} bytes, at most {most} are read")));
     }
-    let text = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
-    serde_json::from_slice(&text)
-        .map_err(|error| failed(format!("{error}; export one from /expert-load of a router's admin port")))
+    std::fs::read(path).map_err(|error| failed(error.to_string()))
 }
 
 #[cfg(test)]

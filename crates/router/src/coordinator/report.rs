@@ -4,9 +4,9 @@ use cadre_proto::{
     convert::{ConvertError, required},
     v1,
 };
-use cadre_types::{Generation, LayerId, Member};
+use cadre_types::{Generation, LayerId, LoadProgress, Member, Placement, PlacementEpoch};
 
-use super::WorkerLoad;
+use super::{WorkerLoad, layouts::Stamp};
 
 /// Longest member id and address in bytes; both are logged and sent to everybody.
 const MAX_NAME_BYTES: usize = 256;
@@ -19,17 +19,21 @@ pub(super) struct MemberReport {
     pub(super) generation: Generation,
     /// Digest of the placement that the member has applied (0 before the first).
     pub(super) placement_digest: u64,
+    /// The placement that it holds beside that one.
+    pub(super) prepared: Stamp,
+    /// The placement that it has applied, whole; only in a stream's first report.
+    pub(super) applied_placement: Option<Placement>,
     pub(super) load: WorkerLoad,
-    pub(super) loading: Option<Loading>,
+    pub(super) loading: Option<LoadProgress>,
     /// Tokens per expert since the last report, by layer.
     pub(super) expert_load: Vec<(LayerId, Vec<u64>)>,
 }
 
-/// Weights read so far.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-pub(super) struct Loading {
-    pub(super) bytes_read: u64,
-    pub(super) bytes_expected: u64,
+impl MemberReport {
+    /// Names the applied placement.
+    pub(super) fn applied(&self) -> Stamp {
+        Stamp { epoch: self.generation.epoch, digest: self.placement_digest }
+    }
 }
 
 impl TryFrom<v1::Report> for MemberReport {
@@ -60,16 +64,15 @@ impl TryFrom<v1::Report> for MemberReport {
             member,
             generation,
             placement_digest: wire.placement_digest,
+            prepared: Stamp { epoch: PlacementEpoch(wire.prepared_epoch), digest: wire.prepared_digest },
+            applied_placement: wire.applied_placement.as_ref().map(Placement::try_from).transpose()?,
             load: wire.worker.map_or_else(WorkerLoad::default, |load| WorkerLoad {
                 running_sequences: load.running_sequences,
                 waiting_sequences: load.waiting_sequences,
                 free_pages: load.free_pages,
                 total_pages: load.total_pages,
             }),
-            loading: wire.loading.map(|loading| Loading {
-                bytes_read: loading.bytes_read,
-                bytes_expected: loading.bytes_expected,
-            }),
+            loading: wire.loading.map(LoadProgress::from),
             expert_load,
         })
     }

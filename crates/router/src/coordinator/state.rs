@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use cadre_placement::ExpertLoad;
 use cadre_types::{
-    ClusterView, Generation, Member, MemberId, Placement, PlacementEpoch, Role, ShardIndex,
+    ClusterView, CoordinatorStatus, Coverage, Generation, LoadProgress, Member, MemberId, MemberState,
+    MemberStatus, NextLayout, OperatorView, Placement, PodRef, Role, ShardIndex,
     generation::GenerationMismatch,
 };
 use tokio::{sync::oneshot, time::Instant};
@@ -13,8 +14,11 @@ use tonic::Status;
 
 use super::{
     WorkerEntry, WorkerLoad, WorkerTable,
+    coverage::{Routable, coverage},
+    layouts::{Change, Facts, Layouts, Stamp},
     load_window::{LoadMismatch, LoadWindow},
-    report::{Loading, MemberReport},
+    pods::Pods,
+    report::MemberReport,
 };
 
 /// One Watch stream.
@@ -47,6 +51,7 @@ pub(super) enum LossCause {
     Closed,
     Replaced,
     Refused(Status),
+    PodGone(PodRef),
 }
 
 impl LossCause {
@@ -57,6 +62,7 @@ impl LossCause {
             Self::Closed => "closed",
             Self::Replaced => "replaced",
             Self::Refused(_) => "refused",
+            Self::PodGone(_) => "pod_gone",
         }
     }
 
@@ -72,6 +78,10 @@ impl LossCause {
                 Status::aborted(format!("member {} registered again on another stream", member.id))
             }
             Self::Refused(status) => status,
+            Self::PodGone(pod) => Status::unavailable(format!(
+                "member {}: pod {} ({}) does not exist for the operator",
+                member.id, pod.name, pod.uid
+            )),
         }
     }
 }
@@ -82,9 +92,12 @@ pub(super) enum Refusal {
     /// Other weights or numerics.
     #[error("member {id}: {mismatch}")]
     Generation { id: MemberId, mismatch: GenerationMismatch },
-    /// A shard beyond the placement.
-    #[error("member {id}: {shard} does not exist, the placement has {shards} shards")]
+    /// A shard that no layout has, yet or any more.
+    #[error("member {id}: there is no {shard} now, the layout has {shards} shards; try again")]
     Shard { id: MemberId, shard: ShardIndex, shards: usize },
+    /// The pod of the member has been deleted.
+    #[error("member {id}: pod {} ({}) has been deleted", pod.name, pod.uid)]
+    PodGone { id: MemberId, pod: PodRef },
     /// Id, role or address changed on one stream.
     #[error("member {id}: {what} changed from {before} to {after} on one stream; open another")]
     Changed { id: MemberId, what: &'static str, before: String, after: String },
@@ -102,9 +115,22 @@ impl From<Refusal> for Status {
         match refusal {
             Refusal::Generation { .. } => Self::failed_precondition(message),
             Refusal::Gone => Self::aborted(message),
-            Refusal::Shard { .. } | Refusal::Changed { .. } | Refusal::Load { .. } => {
-                Self::invalid_argument(message)
-            }
+            // May be otherwise soon: members try again for ever.
+            Refusal::Shard { .. } | Refusal::PodGone { .. } => Self::unavailable(message),
+            Refusal::Changed { .. } | Refusal::Load { .. } => Self::invalid_argument(message),
+        }
+    }
+}
+
+impl Refusal {
+    /// The label of `cadre_router_members_refused_total`.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Generation { .. } => "generation",
+            Self::Shard { .. } => "shard",
+            Self::PodGone { .. } => "pod_gone",
+            Self::Changed { .. } | Self::Load { .. } => "malformed",
+            Self::Gone => "gone",
         }
     }
 }
@@ -113,11 +139,15 @@ impl From<Refusal> for Status {
 #[derive(Debug)]
 struct Registered {
     connection: ConnectionId,
+    /// As reported; [`State::shown`] is what others are told.
     member: Member,
     load: WorkerLoad,
-    loading: Option<Loading>,
+    loading: Option<LoadProgress>,
+    applied: Stamp,
+    prepared: Stamp,
     /// Number of the last report.
     report: u64,
+    since: Instant,
     expires: Instant,
     end: oneshot::Sender<Status>,
 }
@@ -125,8 +155,10 @@ struct Registered {
 /// Everything the coordinator knows.
 #[derive(Debug)]
 pub(super) struct State {
+    /// Weights and numerics; the epoch is that of the placement in force.
     generation: Generation,
-    placement: Arc<Placement>,
+    layouts: Layouts,
+    pods: Pods,
     lease: Duration,
     members: BTreeMap<MemberId, Registered>,
     window: LoadWindow,
@@ -137,14 +169,15 @@ pub(super) struct State {
 impl State {
     pub(super) fn new(
         generation: Generation,
-        placement: Placement,
+        layouts: Layouts,
         lease: Duration,
         load_window: Duration,
     ) -> Self {
-        let window = LoadWindow::new(&placement, load_window);
+        let window = LoadWindow::new(layouts.planner().load(), load_window);
         Self {
-            generation: Generation { epoch: placement.epoch(), ..generation },
-            placement: Arc::new(placement),
+            generation,
+            layouts,
+            pods: Pods::default(),
             lease,
             members: BTreeMap::new(),
             window,
@@ -162,17 +195,30 @@ impl State {
         end: oneshot::Sender<Status>,
     ) -> Result<(ConnectionId, Option<Loss>), Refusal> {
         self.check(&report)?;
+        if let Some(pod) = report.member.pod.clone().filter(|pod| self.pods.is_gone(Some(pod))) {
+            return Err(Refusal::PodGone { id: report.member.id, pod });
+        }
+        // Before the index is looked at: after a restart it is the member that knows its placement.
+        self.layouts.adopt(now, report.applied(), report.applied_placement.as_ref());
+        if let Role::Expert(shard) = report.member.role
+            && shard.index() >= self.layouts.known_shards()
+        {
+            let shards = self.layouts.known_shards();
+            return Err(Refusal::Shard { id: report.member.id, shard, shards });
+        }
         self.count(now, &report)?;
         self.connections += 1;
         self.reports += 1;
         let connection = ConnectionId(self.connections);
-        self.adopt(&report);
         let registered = Registered {
             connection,
+            applied: report.applied(),
+            prepared: report.prepared,
             member: report.member.clone(),
             load: report.load,
             loading: report.loading,
             report: self.reports,
+            since: now,
             expires: now + self.lease,
             end,
         };
@@ -180,7 +226,8 @@ impl State {
         Ok((connection, replaced.map(|old| old.lost(LossCause::Replaced))))
     }
 
-    /// Takes a later report of a stream: renews the lease, updates load and state.
+    /// Takes a later report of a stream: renews the lease, updates load and state. A shard that a layout
+    /// has lost meanwhile stays registered until it leaves.
     pub(super) fn report(
         &mut self,
         now: Instant,
@@ -193,11 +240,13 @@ impl State {
         let known = known.ok_or(Refusal::Gone)?;
         unchanged(&known.member, &report.member)?;
         self.count(now, &report)?;
-        let adopted = self.adopt(&report);
+        let adopted = self.layouts.adopt(now, report.applied(), report.applied_placement.as_ref());
         self.reports += 1;
         let known = self.members.get_mut(&id).ok_or(Refusal::Gone)?;
         let new_state = known.member.state != report.member.state;
         known.member.state = report.member.state;
+        known.applied = report.applied();
+        known.prepared = report.prepared;
         known.load = report.load;
         known.loading = report.loading;
         known.report = self.reports;
@@ -222,41 +271,100 @@ impl State {
     /// Removes members whose lease has run out.
     pub(super) fn expire(&mut self, now: Instant) -> Vec<Loss> {
         let lease = self.lease;
-        let expired: Vec<ConnectionId> = self
-            .members
-            .values()
-            .filter(|known| known.expires <= now)
-            .map(|known| known.connection)
-            .collect();
+        let expired = self.connections_of(|known| known.expires <= now);
         expired
             .into_iter()
             .filter_map(|connection| self.remove(connection, LossCause::Lease(lease)))
             .collect()
     }
 
-    /// When the next lease runs out.
-    pub(super) fn next_expiry(&self) -> Option<Instant> {
-        self.members.values().map(|known| known.expires).min()
+    /// Takes the operator's view: its layout is wanted, its pods are those that exist. Returns the members
+    /// whose pods do not.
+    pub(super) fn operate(&mut self, now: Instant, view: &OperatorView) -> Vec<Loss> {
+        self.layouts.want(view.layout);
+        self.pods.take(now, view);
+        let gone = self.connections_of(|known| self.pods.removes(known.member.pod.as_ref(), known.since));
+        gone.into_iter()
+            .filter_map(|connection| {
+                let known = self.members.values().find(|known| known.connection == connection)?;
+                let pod = known.member.pod.clone()?;
+                self.remove(connection, LossCause::PodGone(pod))
+            })
+            .collect()
     }
 
-    pub(super) fn placement(&self) -> &Placement {
-        &self.placement
+    /// Another source than the operator wants a layout.
+    pub(super) fn want(&mut self, layout: cadre_types::Layout) {
+        self.layouts.want(layout);
+    }
+
+    /// Moves placements on as far as the members allow.
+    pub(super) fn advance(&mut self, now: Instant) -> Vec<Change> {
+        let facts = self.facts();
+        self.layouts.advance(now, &facts)
+    }
+
+    /// When something happens without a report: the next lease runs out, or placements go on.
+    pub(super) fn next_expiry(&self, now: Instant) -> Option<Instant> {
+        let lease = self.members.values().map(|known| known.expires).min();
+        [lease, self.layouts.wake(now)].into_iter().flatten().min()
+    }
+
+    pub(super) fn layouts(&self) -> &Layouts {
+        &self.layouts
+    }
+
+    /// Shards of the next placement: prepared, and in all.
+    pub(super) fn prepared(&self) -> (usize, usize) {
+        self.layouts.prepared(&self.facts())
+    }
+
+    pub(super) fn placement(&self) -> Option<&Placement> {
+        self.layouts.in_force().map(|placement| &**placement)
     }
 
     pub(super) fn expert_load(&mut self, now: Instant) -> ExpertLoad {
         self.window.load(now)
     }
 
-    pub(super) fn loading(&self, id: &MemberId) -> Option<Loading> {
+    pub(super) fn loading(&self, id: &MemberId) -> Option<LoadProgress> {
         self.members.get(id)?.loading
     }
 
-    pub(super) fn view(&self) -> ClusterView {
-        ClusterView {
-            generation: self.generation,
-            placement: Arc::clone(&self.placement),
-            members: self.members.values().map(|known| known.member.clone()).collect(),
+    /// When the operator's last view came.
+    pub(super) fn operator_seen(&self) -> Option<Instant> {
+        self.pods.received()
+    }
+
+    /// The stamp in force; epoch 0 before the first placement.
+    pub(super) fn generation(&self) -> Generation {
+        let epoch = self.placement().map_or(cadre_types::PlacementEpoch(0), Placement::epoch);
+        Generation { epoch, ..self.generation }
+    }
+
+    /// What members are told; nothing before the first placement.
+    pub(super) fn view(&self) -> Option<ClusterView> {
+        Some(ClusterView {
+            generation: self.generation(),
+            placement: Arc::clone(self.layouts.in_force()?),
+            next: self.layouts.next().cloned(),
+            oldest_epoch: self.layouts.oldest(),
+            members: self.shown_members(),
+        })
+    }
+
+    /// Everybody who is registered, as others are told.
+    pub(super) fn shown_members(&self) -> Vec<Member> {
+        self.members.values().map(|known| self.shown(known)).collect()
+    }
+
+    /// A member as others are told: whose pod is going away gets nothing new, whatever it says itself.
+    fn shown(&self, known: &Registered) -> Member {
+        let mut member = known.member.clone();
+        if self.pods.is_withdrawn(member.pod.as_ref()) {
+            member.state = MemberState::Draining;
         }
+        member
     }
 
     pub(super) fn worker_table(&self) -> WorkerTable {
@@ -264,22 +372,99 @@ impl State {
             .members
             .values()
             .filter(|known| !matches!(known.member.role, Role::Expert(_)))
-            .map(|known| WorkerEntry { member: known.member.clone(), load: known.load, report: known.report })
+            .map(|known| WorkerEntry { member: self.shown(known), load: known.load, report: known.report })
             .collect();
-        WorkerTable { generation: self.generation, workers }
+        WorkerTable { generation: self.generation(), workers }
+    }
+
+    /// How well experts are covered; everything is uncovered before the first placement.
+    pub(super) fn coverage(&self) -> Coverage {
+        let Some(placement) = self.placement() else { return Coverage::default() };
+        let mut routable = Routable::new();
+        for known in self.members.values() {
+            if let Role::Expert(shard) = known.member.role
+                && self.is_routable(known)
+            {
+                let domain = self.pods.domain(known.member.pod.as_ref());
+                let at = routable.entry(shard.0).or_insert(domain);
+                *at = at.or(domain);
+            }
+        }
+        coverage(placement, self.layouts.layout().min_copies, &routable)
+    }
+
+    /// Whether work is routed to a member: it has proven itself, is not on its way out, and, for a shard,
+    /// a placement in use has it.
+    fn is_routable(&self, known: &Registered) -> bool {
+        let placed = |shard: ShardIndex| {
+            let has = |placement: &Arc<Placement>| shard.index() < placement.num_shards();
+            self.layouts.in_force().is_some_and(has) || self.layouts.next().is_some_and(has)
+        };
+        self.shown(known).state == MemberState::Ready
+            && match known.member.role {
+                Role::Expert(shard) => placed(shard),
+                Role::Prefill | Role::Decode | Role::Both => true,
+            }
+    }
+
+    /// Everything, for the operator.
+    pub(super) fn status(&self, now: Instant, imbalance: Option<f64>, serving: bool) -> CoordinatorStatus {
+        let members = self.members.values().map(|known| MemberStatus {
+            member: self.shown(known),
+            routable: self.is_routable(known),
+            applied: known.applied.epoch,
+            loading: known.loading,
+            sequences: known.load.running_sequences.saturating_add(known.load.waiting_sequences),
+        });
+        let next = self.layouts.waiting_for(now, &self.facts()).map(|waiting_for| NextLayout {
+            layout: self.layouts.wanted(),
+            epoch: self.layouts.next().map(|next| next.epoch()),
+            waiting_for,
+        });
+        CoordinatorStatus {
+            generation: self.generation(),
+            layout: self.layouts.layout(),
+            next,
+            members: members.collect(),
+            coverage: self.coverage(),
+            imbalance,
+            serving,
+        }
+    }
+
+    fn facts(&self) -> Facts {
+        let mut facts = Facts::default();
+        for known in self.members.values() {
+            let applied = known.applied;
+            let Role::Expert(shard) = known.member.role else {
+                if applied.epoch.0 > 0 {
+                    facts.workers.push(applied.epoch);
+                }
+                continue;
+            };
+            let member = self.shown(known);
+            if member.state == MemberState::Draining {
+                continue;
+            }
+            let pod = member.pod.as_ref();
+            let shard = facts.shards.entry(shard.0).or_default();
+            if member.state == MemberState::Ready {
+                shard.held.extend([applied, known.prepared].into_iter().filter(|stamp| stamp.epoch.0 > 0));
+            }
+            let domain = self.pods.domain(pod);
+            shard.domain_settled |= pod.is_none() || domain.is_some();
+            if let Some(domain) = domain {
+                shard.domain = Some(domain.to_owned());
+            }
+        }
+        facts
     }
 
     fn check(&self, report: &MemberReport) -> Result<(), Refusal> {
         let id = || report.member.id.clone();
         self.generation
             .check_weights(&report.generation)
-            .map_err(|mismatch| Refusal::Generation { id: id(), mismatch })?;
-        match report.member.role {
-            Role::Expert(shard) if shard.index() >= self.placement.num_shards() => {
-                Err(Refusal::Shard { id: id(), shard, shards: self.placement.num_shards() })
-            }
-            _ => Ok(()),
-        }
+            .map_err(|mismatch| Refusal::Generation { id: id(), mismatch })
     }
 
     fn count(&mut self, now: Instant, report: &MemberReport) -> Result<(), Refusal> {
@@ -288,22 +473,8 @@ impl State {
             .map_err(|mismatch| Refusal::Load { id: report.member.id.clone(), mismatch })
     }
 
-    /// Moves our epoch so that it means our placement to everybody (module header of [`super`]): a larger
-    /// epoch under which a member has applied the same placement is taken over; one under which it has
-    /// applied another placement is passed. True if the epoch changed.
-    fn adopt(&mut self, report: &MemberReport) -> bool {
-        let (ours, applied) = (self.generation.epoch, report.generation.epoch);
-        let same = report.placement_digest == self.placement.digest();
-        let next = match (applied.0, same) {
-            (0, _) => return false,
-            (_, true) if applied > ours => applied,
-            (_, false) if applied >= ours => PlacementEpoch(applied.0.saturating_add(1)),
-            _ => return false,
-        };
-        tracing::info!(before = ours.0, after = next.0, member = %report.member.id, same, "epoch moved by a member's report");
-        self.placement = Arc::new(self.placement.with_epoch(next));
-        self.generation.epoch = next;
-        true
+    fn connections_of(&self, wanted: impl Fn(&Registered) -> bool) -> Vec<ConnectionId> {
+        self.members.values().filter(|known| wanted(known)).map(|known| known.connection).collect()
     }
 
     fn remove(&mut self, connection: ConnectionId, cause: LossCause) -> Option<Loss> {
@@ -327,6 +498,7 @@ fn unchanged(before: &Member, after: &Member) -> Result<(), Refusal> {
         ("id", before.id.to_string(), after.id.to_string()),
         ("role", before.role.to_string(), after.role.to_string()),
         ("address", before.address.clone(), after.address.clone()),
+        ("pod", pod_name(before), pod_name(after)),
     ] {
         if before_text != after_text {
             let id = before.id.clone();
@@ -334,4 +506,8 @@ fn unchanged(before: &Member, after: &Member) -> Result<(), Refusal> {
         }
     }
     Ok(())
+}
+
+fn pod_name(member: &Member) -> String {
+    member.pod.as_ref().map_or_else(|| "none".to_owned(), |pod| format!("{} ({})", pod.name, pod.uid))
 }

@@ -2,10 +2,13 @@
 
 use cadre_telemetry::Metrics;
 use cadre_types::{
-    LayerId, LayerPlacement, LogicalExpert, ModelHash, NumericsClass, PlacementEpoch, ShardIndex,
+    LayerId, LayerPlacement, LogicalExpert, ModelHash, NumericsClass, Placement, PlacementEpoch, PodRef,
+    PodView, ShardIndex,
 };
 
-use super::{state::Refusal, *};
+use cadre_placement::LayerLoad;
+
+use super::{layouts::Stamp, *};
 
 const LEASE: Duration = Duration::from_secs(3);
 
@@ -22,9 +25,11 @@ fn placement() -> Placement {
 
 fn report(id: &str, role: Role, state: MemberState) -> MemberReport {
     MemberReport {
-        member: Member { id: MemberId(id.into()), role, address: format!("{id}:1"), state },
+        member: Member { id: MemberId(id.into()), role, address: format!("{id}:1"), state, pod: None },
         generation: generation(0),
         placement_digest: 0,
+        prepared: Stamp::default(),
+        applied_placement: None,
         load: WorkerLoad { total_pages: 10, free_pages: 10, ..WorkerLoad::default() },
         loading: None,
         expert_load: Vec::new(),
@@ -35,8 +40,21 @@ fn shard(index: u16, state: MemberState) -> MemberReport {
     report(&format!("shard-{index}"), Role::Expert(ShardIndex(index)), state)
 }
 
+fn planner() -> Planner {
+    let load = ExpertLoad::new(vec![LayerLoad { layer: LayerId(1), tokens: vec![2, 1, 1] }]).unwrap();
+    Planner::for_load(load)
+}
+
+/// A coordinator with [`placement`] in force, as if it had planned it.
 fn state() -> State {
-    State::new(generation(0), placement(), LEASE, Duration::from_secs(60))
+    let layout = Layout { shards: 2, redundant_slots: 1, min_copies: 1 };
+    let mut layouts = Layouts::new(planner(), layout, Duration::ZERO);
+    layouts.force(placement());
+    State::new(generation(0), layouts, LEASE, Duration::from_secs(60))
+}
+
+fn view(state: &State) -> ClusterView {
+    state.view().unwrap()
 }
 
 fn join(state: &mut State, report: MemberReport) -> (ConnectionId, oneshot::Receiver<Status>) {
@@ -51,7 +69,7 @@ fn refusal(state: &mut State, report: MemberReport) -> Refusal {
 }
 
 fn members(state: &State) -> Vec<String> {
-    state.view().members.iter().map(|member| member.id.0.clone()).collect()
+    state.shown_members().iter().map(|member| member.id.0.clone()).collect()
 }
 
 #[tokio::test(start_paused = true)]
@@ -75,7 +93,7 @@ async fn a_member_of_another_generation_is_refused_and_both_are_named() {
 #[tokio::test(start_paused = true)]
 async fn a_shard_beyond_the_placement_is_refused() {
     let status = Status::from(refusal(&mut state(), shard(2, MemberState::Ready)));
-    assert_eq!(status.code(), tonic::Code::InvalidArgument);
+    assert_eq!(status.code(), tonic::Code::Unavailable, "it may try again: a layout may have it");
     assert!(
         status.message().contains("shard 2") && status.message().contains("2 shards"),
         "{}",
@@ -94,7 +112,7 @@ async fn a_report_renews_the_lease_and_silence_ends_it() {
     let lost = state.expire(Instant::now());
     assert_eq!(lost.iter().map(|loss| loss.member.id.0.as_str()).collect::<Vec<_>>(), ["shard-1"]);
     assert_eq!(members(&state), ["shard-0"]);
-    assert_eq!(state.next_expiry(), Some(Instant::now() + Duration::from_secs(2)));
+    assert_eq!(state.next_expiry(Instant::now()), Some(Instant::now() + Duration::from_secs(2)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -131,19 +149,19 @@ async fn identity_may_not_change_on_a_stream() {
 #[tokio::test(start_paused = true)]
 async fn epochs_never_go_backwards_and_the_placement_stays() {
     let mut state = state();
-    assert_eq!(state.view().generation.epoch, PlacementEpoch(1));
+    assert_eq!(view(&state).generation.epoch, PlacementEpoch(1));
     let mut applied = shard(0, MemberState::Ready);
     applied.generation.epoch = PlacementEpoch(9);
     applied.placement_digest = placement().digest();
     join(&mut state, applied);
-    let view = state.view();
-    assert_eq!((view.generation.epoch, view.placement.epoch()), (PlacementEpoch(9), PlacementEpoch(9)));
-    assert_eq!(view.placement.layers(), placement().layers());
+    let seen = view(&state);
+    assert_eq!((seen.generation.epoch, seen.placement.epoch()), (PlacementEpoch(9), PlacementEpoch(9)));
+    assert_eq!(seen.placement.layers(), placement().layers());
     let mut older = shard(1, MemberState::Ready);
     older.generation.epoch = PlacementEpoch(4);
     older.placement_digest = placement().digest();
     join(&mut state, older);
-    assert_eq!(state.view().generation.epoch, PlacementEpoch(9));
+    assert_eq!(view(&state).generation.epoch, PlacementEpoch(9));
 }
 
 #[tokio::test(start_paused = true)]
@@ -153,12 +171,12 @@ async fn an_epoch_that_means_another_placement_is_passed() {
     other.generation.epoch = PlacementEpoch(1);
     other.placement_digest = placement().digest() ^ 1;
     join(&mut state, other);
-    assert_eq!(state.view().generation.epoch, PlacementEpoch(2), "theirs is 1, and is not ours");
+    assert_eq!(view(&state).generation.epoch, PlacementEpoch(2), "theirs is 1, and is not ours");
     let mut older = shard(1, MemberState::Ready);
     older.generation.epoch = PlacementEpoch(1);
     older.placement_digest = placement().digest() ^ 2;
     join(&mut state, older);
-    assert_eq!(state.view().generation.epoch, PlacementEpoch(2), "1 is already behind us");
+    assert_eq!(view(&state).generation.epoch, PlacementEpoch(2), "1 is already behind us");
 }
 
 #[tokio::test(start_paused = true)]
@@ -190,8 +208,7 @@ async fn load_that_does_not_fit_is_refused_and_load_that_does_is_counted() {
 
 #[test]
 fn coverage_counts_ready_shards_only_and_names_the_expert() {
-    let mut view =
-        ClusterView { generation: generation(1), placement: Arc::new(placement()), members: Vec::new() };
+    let mut view = ClusterView::settled(generation(1), Arc::new(placement()), Vec::new());
     view.members.push(shard(0, MemberState::Ready).member);
     view.members.push(shard(1, MemberState::Starting).member);
     let missing = uncovered(&view).unwrap();
@@ -208,8 +225,11 @@ fn coverage_counts_ready_shards_only_and_names_the_expert() {
 // --- the owner task --------------------------------------------------------------------------------
 
 fn coordinator() -> Coordinator {
-    let metrics = RouterMetrics::register(&Metrics::new()).unwrap();
-    Coordinator::spawn(generation(0), placement(), LEASE, Duration::from_secs(60), metrics).0
+    spawn(RouterMetrics::register(&Metrics::new()).unwrap()).0
+}
+
+fn spawn(metrics: RouterMetrics) -> (Coordinator, tokio::task::JoinHandle<()>) {
+    Coordinator::spawn_over(state(), Readiness::new(&[("accepting", "not yet")]), metrics)
 }
 
 async fn register(coordinator: &Coordinator, report: MemberReport) -> Joined {
@@ -218,9 +238,16 @@ async fn register(coordinator: &Coordinator, report: MemberReport) -> Joined {
     answer.await.unwrap().unwrap()
 }
 
-async fn wait_for(views: &mut watch::Receiver<Arc<PublishedView>>, members: &[&str]) {
+async fn wait_for(views: &mut watch::Receiver<Option<Arc<PublishedView>>>, members: &[&str]) {
     let reached = views.wait_for(|published| {
-        published.view.members.iter().map(|member| member.id.0.as_str()).eq(members.iter().copied())
+        published
+            .as_ref()
+            .unwrap()
+            .view
+            .members
+            .iter()
+            .map(|member| member.id.0.as_str())
+            .eq(members.iter().copied())
     });
     reached.await.unwrap();
 }
@@ -248,7 +275,7 @@ async fn members_see_whole_views_and_slow_ones_skip_to_the_newest() {
     for index in 0..5 {
         register(&coordinator, report(&format!("w{index}"), Role::Both, MemberState::Starting)).await;
     }
-    let seen = slow.views.borrow().view.members.len();
+    let seen = slow.views.borrow().as_ref().unwrap().view.members.len();
     assert_eq!(seen, 6, "one look, everything at once");
     let left = register(&coordinator, shard(1, MemberState::Ready)).await;
     coordinator.commands.send(Command::Leave { connection: left.connection }).await.unwrap();
@@ -263,8 +290,7 @@ async fn members_see_whole_views_and_slow_ones_skip_to_the_newest() {
 async fn imbalance_is_measured_over_the_placement_in_force() {
     let registry = Metrics::new();
     let metrics = RouterMetrics::register(&registry).unwrap();
-    let (coordinator, owner) =
-        Coordinator::spawn(generation(0), placement(), LEASE, Duration::from_secs(60), metrics);
+    let (coordinator, owner) = spawn(metrics);
     let mut worker = report("w", Role::Both, MemberState::Ready);
     worker.expert_load = vec![(LayerId(1), vec![4, 6, 0])];
     register(&coordinator, worker).await;
@@ -280,10 +306,144 @@ async fn imbalance_is_measured_over_the_placement_in_force() {
 #[tokio::test(start_paused = true)]
 async fn the_end_of_the_owner_ends_every_stream() {
     let metrics = RouterMetrics::register(&Metrics::new()).unwrap();
-    let (coordinator, owner) =
-        Coordinator::spawn(generation(0), placement(), LEASE, Duration::from_secs(60), metrics);
+    let (coordinator, owner) = spawn(metrics);
     let joined = register(&coordinator, shard(0, MemberState::Ready)).await;
     owner.abort();
     assert!(joined.ended.await.is_err());
     assert_eq!(coordinator.describe().await, None);
+}
+
+// --- pods, the operator, coverage ------------------------------------------------------------------
+
+fn pod(name: &str) -> PodRef {
+    PodRef { name: name.into(), uid: format!("uid-{name}") }
+}
+
+fn in_pod(mut report: MemberReport, name: &str) -> MemberReport {
+    report.member.pod = Some(pod(name));
+    report
+}
+
+/// Pods by name, each in its domain; names that begin with `!` are withdrawn.
+fn operator_view(shards: u16, pods: &[(&str, &str)]) -> OperatorView {
+    let on = |(name, domain): &(&str, &str)| PodView {
+        pod: pod(name.trim_start_matches('!')),
+        domain: Some((*domain).to_owned()).filter(|domain| !domain.is_empty()),
+        withdrawn: name.starts_with('!'),
+    };
+    let mut pods: Vec<PodView> = pods.iter().map(on).collect();
+    pods.sort_by(|a, b| a.pod.uid.cmp(&b.pod.uid));
+    OperatorView { layout: Layout { shards, redundant_slots: 1, min_copies: 1 }, pods }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_withdrawn_pod_drains_and_one_that_is_gone_is_removed_and_stays_out() {
+    let mut state = state();
+    join(&mut state, in_pod(report("w", Role::Both, MemberState::Ready), "w"));
+    join(&mut state, report("laptop", Role::Both, MemberState::Ready));
+    let now = Instant::now();
+    assert!(state.operate(now, &operator_view(2, &[("w", "a")])).is_empty());
+    assert!(state.status(now, None, true).members.iter().all(|member| member.routable));
+    state.operate(now, &operator_view(2, &[("!w", "a")]));
+    let states: Vec<MemberState> = state.worker_table().workers.iter().map(|w| w.member.state).collect();
+    assert_eq!(states, [MemberState::Ready, MemberState::Draining]);
+    assert_eq!(view(&state).members[1].state, MemberState::Draining);
+    assert!(!state.status(now, None, true).members[1].routable);
+
+    let lost = state.operate(now, &operator_view(2, &[]));
+    assert_eq!(lost.iter().map(|loss| loss.cause.name()).collect::<Vec<_>>(), ["pod_gone"]);
+    assert_eq!(members(&state), ["laptop"], "members without a pod are never touched");
+    let again = refusal(&mut state, in_pod(report("w2", Role::Both, MemberState::Ready), "w"));
+    assert!(again.to_string().contains("pod w (uid-w) has been deleted"), "{again}");
+    assert_eq!(Status::from(again).code(), tonic::Code::Unavailable, "tried again, never fatal");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_the_operator_has_not_seen_yet_is_left_alone() {
+    let mut state = state();
+    join(&mut state, in_pod(shard(0, MemberState::Ready), "new"));
+    assert!(state.operate(Instant::now(), &operator_view(2, &[("other", "a")])).is_empty());
+    tokio::time::advance(pods::GRACE).await;
+    assert_eq!(state.operate(Instant::now(), &operator_view(2, &[("other", "a")])).len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn coverage_is_counted_over_routable_shards_and_their_domains() {
+    let mut state = state();
+    join(&mut state, in_pod(shard(0, MemberState::Ready), "s0"));
+    join(&mut state, in_pod(shard(1, MemberState::Ready), "s1"));
+    let now = Instant::now();
+    state.operate(now, &operator_view(2, &[("s0", "zone"), ("!s1", "zone")]));
+    let coverage = state.coverage();
+    assert_eq!((coverage.experts, coverage.uncovered, coverage.at_risk), (3, 1, 0));
+    assert_eq!(coverage.examples[0].expert, LogicalExpert(2), "only on shard 1, which is withdrawn");
+    state.operate(now, &operator_view(2, &[("s0", "zone"), ("s1", "zone")]));
+    assert_eq!(state.coverage().uncovered, 0);
+}
+
+async fn operate(coordinator: &Coordinator, view: OperatorView) -> Operating {
+    let (reply, answer) = oneshot::channel();
+    coordinator.commands.send(Command::Operate { view, reply }).await.unwrap();
+    answer.await.unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_operator_hears_at_once_and_then_twice_a_second_at_most() {
+    let coordinator = coordinator();
+    let start = Instant::now();
+    let mut operating = operate(&coordinator, operator_view(2, &[])).await;
+    assert_eq!(operating.statuses.borrow_and_update().members.len(), 0);
+    for index in 0..3 {
+        register(&coordinator, shard(index % 2, MemberState::Ready)).await;
+        register(&coordinator, report(&format!("w{index}"), Role::Both, MemberState::Ready)).await;
+    }
+    operating.statuses.changed().await.unwrap();
+    assert_eq!(start.elapsed(), STATUS_INTERVAL);
+    let status = operating.statuses.borrow_and_update().clone();
+    assert_eq!(status.members.len(), 5, "everything in one");
+    assert!(!status.serving, "the router is not accepting in this test");
+    assert_eq!(status.next, None);
+    // Leases run out three seconds later; until then nothing changes and nothing is sent.
+    operating.statuses.changed().await.unwrap();
+    assert!(start.elapsed() >= LEASE);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_newer_operator_replaces_the_older_and_views_of_the_older_are_ignored() {
+    let coordinator = coordinator();
+    let first = operate(&coordinator, operator_view(2, &[])).await;
+    let mut second = operate(&coordinator, operator_view(2, &[])).await;
+    let status = first.ended.await.unwrap();
+    assert_eq!(status.code(), tonic::Code::Aborted);
+    let stale = Command::OperatorView { stream: first.stream, view: operator_view(3, &[]) };
+    coordinator.commands.send(stale).await.unwrap();
+    coordinator.commands.send(Command::OperatorGone { stream: first.stream }).await.unwrap();
+    let newer = Command::OperatorView { stream: second.stream, view: operator_view(1, &[]) };
+    coordinator.commands.send(newer).await.unwrap();
+    // The file does not count while an operator is there, and counts when it has left.
+    let layout = |shards| Layout { shards, redundant_slots: 1, min_copies: 1 };
+    coordinator.layout_file(layout(3)).await;
+    second.statuses.changed().await.unwrap();
+    let wanted = |status: &v1::CoordinatorStatus| status.next.as_ref().unwrap().layout.unwrap().shards;
+    assert_eq!(wanted(&second.statuses.borrow_and_update()), 1);
+    coordinator.commands.send(Command::OperatorGone { stream: second.stream }).await.unwrap();
+    assert_eq!(coordinator.describe().await.unwrap()["next"]["layout"]["shards"], 1, "the last view stays");
+    coordinator.layout_file(layout(3)).await;
+    assert_eq!(coordinator.describe().await.unwrap()["next"]["layout"]["shards"], 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_placement_members_wait_for_their_first_view() {
+    let layout = Layout { shards: 2, redundant_slots: 1, min_copies: 1 };
+    let layouts = Layouts::new(planner(), layout, Duration::from_secs(15));
+    let state = State::new(generation(0), layouts, LEASE, Duration::from_secs(60));
+    let metrics = RouterMetrics::register(&Metrics::new()).unwrap();
+    let (coordinator, _owner) = Coordinator::spawn_over(state, Readiness::new(&[]), metrics);
+    let first = register(&coordinator, shard(0, MemberState::Starting)).await;
+    assert!(first.views.borrow().is_none());
+    let status = operate(&coordinator, operator_view(2, &[])).await.statuses.borrow().clone();
+    assert_eq!(status.generation.as_ref().unwrap().epoch, 0);
+    assert_eq!(status.next.as_ref().unwrap().waiting_for, "shard 1 has not registered");
+    let second = register(&coordinator, shard(1, MemberState::Starting)).await;
+    assert_eq!(second.views.borrow().as_ref().unwrap().view.placement.num_shards(), 2);
 }

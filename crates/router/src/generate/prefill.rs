@@ -33,7 +33,7 @@ impl Prefill {
             },
             clock: job.admitted.clock,
             stall: job.service.limits.stall_timeout,
-            excluded: job.excluded.clone(),
+            excluded: [job.excluded.as_slice(), &job.avoided].concat(),
             retry_after_s: job.service.admission.retry_after_s(),
         }
     }
@@ -42,10 +42,10 @@ impl Prefill {
         let Self { request, clock, stall, excluded, retry_after_s } = self;
         let mut chosen = service.pool.assign_prefill(request.prompt.len() as u64, &excluded)?;
         let worker = chosen.member.id.clone();
-        let failed = |status: Status| worker_error(&worker, "prefill", &status, retry_after_s);
+        let failed = |status: Status, begun| worker_error(&worker, "prefill", &status, begun, retry_after_s);
         let call = chosen.client.prefill(request);
         let call = clock.bound("waiting for a prefill worker", call).await?;
-        let mut events = call.map_err(failed)?.into_inner();
+        let mut events = call.map_err(|status| failed(status, false))?.into_inner();
         let mut working = false;
         loop {
             // In the worker's queue there is nothing to hear; once it computes, every chunk is heard of.
@@ -60,7 +60,7 @@ impl Prefill {
                     after: stall,
                 },
             })?;
-            match event.map_err(failed)?.map(|event| event.event) {
+            match event.map_err(|status| failed(status, working))?.map(|event| event.event) {
                 Some(Some(prefill_event::Event::HandedOff(_))) => return Ok(()),
                 Some(_) => working = true,
                 None => {

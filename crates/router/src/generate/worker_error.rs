@@ -6,15 +6,24 @@ use tonic::{Code, Status};
 
 use crate::error::RequestError;
 
-/// What a worker's status means for the request.
+/// What a worker's status means for the request. `begun`: the worker had taken the work before. A worker
+/// that could not be reached, or that takes nothing new, may be another one's place in a moment; whoever
+/// gives up work that it had begun says why, and that is its answer.
 pub(super) fn worker_error(
     worker: &MemberId,
     operation: &'static str,
     status: &Status,
+    begun: bool,
     retry_after_s: u32,
 ) -> RequestError {
     let worker = worker.clone();
+    // Only a status that was made on our side, of a broken connection, has causes.
+    let broken = std::error::Error::source(status).is_some();
     match status.code() {
+        code if broken || (!begun && code == Code::Unavailable) => {
+            let problem = format!("{code:?}: {}", with_causes(status));
+            RequestError::WorkerUnavailable { worker, operation, problem, begun }
+        }
         Code::InvalidArgument | Code::OutOfRange => {
             RequestError::Refused { worker, problem: status.message().to_owned() }
         }

@@ -7,7 +7,7 @@ use crate::coordinator::WorkerLoad;
 
 fn entry(id: &str, role: Role, state: MemberState, sequences: u32, free: u64, report: u64) -> WorkerEntry {
     WorkerEntry {
-        member: Member { id: MemberId(id.into()), role, address: "127.0.0.1:1".into(), state },
+        member: Member { id: MemberId(id.into()), role, address: "127.0.0.1:1".into(), state, pod: None },
         load: WorkerLoad {
             running_sequences: sequences,
             waiting_sequences: 0,

@@ -68,6 +68,13 @@ pub fn options() -> RouterOptions {
     options
 }
 
+/// Options whose waits for workers end soon.
+pub fn impatient() -> RouterOptions {
+    let mut options = options();
+    options.limits.reserve_timeout = Duration::from_millis(600);
+    options
+}
+
 pub fn generation() -> Generation {
     Generation { model: *HASH, numerics: NumericsClass::default(), epoch: PlacementEpoch(0) }
 }
@@ -80,6 +87,7 @@ pub fn report(id: &str, role: v1::Role, address: String) -> v1::Report {
             shard: 0,
             address,
             state: v1::MemberState::Ready.into(),
+            pod: None,
         }),
         generation: Some(generation().into()),
         worker: Some(v1::WorkerLoad {

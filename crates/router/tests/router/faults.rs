@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use tonic::{Code, Status};
 
 use crate::{
-    cluster::{Cluster, MODEL, gate, options, report, text_request, tokens},
+    cluster::{Cluster, MODEL, gate, impatient, options, report, text_request, tokens},
     fake_worker::{FakeWorker, Script, Step},
     http_client::{post, post_json},
 };
@@ -171,7 +171,7 @@ struct Split {
 async fn split() -> Split {
     let decode = FakeWorker::start(fine()).await;
     let prefills = [FakeWorker::start(fine()).await, FakeWorker::start(fine()).await];
-    let mut cluster = Cluster::bare(options()).await;
+    let mut cluster = Cluster::bare(impatient()).await;
     cluster.add_worker("decode", v1::Role::Decode, &decode).await;
     cluster.add_worker("prefill-0", v1::Role::Prefill, &prefills[0]).await;
     cluster.add_worker("prefill-1", v1::Role::Prefill, &prefills[1]).await;
@@ -239,9 +239,80 @@ async fn a_request_waits_for_its_prefill_and_its_deadline_frees_both() {
 #[tokio::test]
 async fn a_decode_worker_alone_is_not_enough() {
     let decode = FakeWorker::start(fine()).await;
-    let mut cluster = Cluster::bare(options()).await;
+    let mut cluster = Cluster::bare(impatient()).await;
     cluster.add(report("decode", v1::Role::Decode, decode.address.to_string())).await;
     let status = cluster.grpc().await.generate(text_request("a")).await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
     assert!(status.message().contains("1/1 decode, 0/0 prefill"), "{}", status.message());
+}
+
+// --- withdrawn workers, restarts -------------------------------------------------------------------
+
+#[tokio::test]
+async fn a_request_waits_for_a_worker_that_restarts_and_nothing_is_dropped() {
+    let mut first = FakeWorker::start(fine()).await;
+    let second = FakeWorker::start(fine()).await;
+    let mut cluster = Cluster::with_worker(options(), &first).await;
+    // It is killed and still in the view: whoever comes now meets a closed port, and waits.
+    first.kill();
+    let mut client = cluster.grpc().await;
+    let ask = || {
+        let mut client = client.clone();
+        tokio::spawn(async move { client.generate(text_request("a")).await })
+    };
+    let early: Vec<_> = (0..4).map(|_| ask()).collect();
+    while cluster.metric("cadre_router_reserve_retries_total").await < 4.0 {
+        tokio::task::yield_now().await;
+    }
+    cluster.remove("w-1");
+    // Nobody is in the view: whoever comes now waits, too.
+    cluster.ready(false).await;
+    let late: Vec<_> = (0..4).map(|_| ask()).collect();
+    cluster.add_worker("w-2", v1::Role::Both, &second).await;
+    for answer in early.into_iter().chain(late) {
+        assert_eq!(answer.await.unwrap().unwrap().into_inner().text, "fine");
+    }
+    assert_eq!(client.generate(text_request("a")).await.unwrap().into_inner().text, "fine");
+}
+
+#[tokio::test]
+async fn workers_withdrawn_between_choice_and_reserve_cost_no_attempt() {
+    let mut cluster = Cluster::bare(options()).await;
+    let mut leaving = Vec::new();
+    for index in 0..5 {
+        let worker =
+            FakeWorker::start(Script::refusing(Status::unavailable("this worker is draining"))).await;
+        cluster.add_worker(&format!("a-{index}"), v1::Role::Both, &worker).await;
+        leaving.push(worker);
+    }
+    let staying = FakeWorker::start(fine()).await;
+    cluster.add_worker("b", v1::Role::Both, &staying).await;
+    cluster.ready(true).await;
+    let answer = cluster.grpc().await.generate(text_request("a")).await.unwrap().into_inner();
+    assert_eq!(answer.text, "fine");
+    assert!(leaving.iter().all(|worker| worker.seen.decodes.lock().unwrap().len() == 1));
+}
+
+#[tokio::test]
+async fn a_prefill_worker_withdrawn_before_its_turn_is_replaced() {
+    let mut split = split().await;
+    split.decode.set(Script::steps(vec![Step::Hang]));
+    for prefill in &split.prefills {
+        prefill.set(Script { prefill: Some(Err(Status::unavailable("draining"))), ..fine() });
+    }
+    let third = FakeWorker::start(fine()).await;
+    let stream = split.cluster.grpc().await.generate_stream(text_request("a")).await.unwrap();
+    split.prefills[1].seen.prefilled(1).await;
+    split.cluster.add_worker("prefill-2", v1::Role::Prefill, &third).await;
+    third.seen.prefilled(1).await;
+    drop(stream);
+    split.decode.seen.open(0).await;
+}
+
+#[tokio::test]
+async fn without_any_worker_the_wait_is_bounded_and_the_error_says_what_is_missing() {
+    let cluster = Cluster::bare(impatient()).await;
+    let status = cluster.grpc().await.generate(text_request("a")).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(status.message().contains("no worker is ready"), "{}", status.message());
 }

@@ -6,7 +6,7 @@ use cadre_proto::v1::FinishReason;
 use serde_json::{Value, json};
 
 use crate::{
-    cluster::{Cluster, MODEL, options, tokens},
+    cluster::{Cluster, MODEL, impatient, options, tokens},
     fake_worker::{FakeWorker, Script, Step},
     http_client::{post, post_json, send},
 };
@@ -123,7 +123,7 @@ async fn a_body_beyond_the_limit_is_413() {
 
 #[tokio::test]
 async fn no_ready_worker_is_503_and_says_what_is_missing() {
-    let cluster = Cluster::bare(options()).await;
+    let cluster = Cluster::bare(impatient()).await;
     let request = json!({"model": MODEL, "prompt": "a"});
     let answer = post(cluster.at.http, "/v1/completions", &request).await;
     assert!(answer.headers.contains_key("retry-after"));

@@ -63,7 +63,7 @@ impl Bench {
     }
 
     fn take(&self) -> Vec<u64> {
-        self.queue.take().unwrap().iter().map(|job| job.frame.sequence).collect()
+        self.queue.take(None).unwrap().iter().map(|job| job.frame.sequence).collect()
     }
 }
 
@@ -123,7 +123,7 @@ fn closing_answers_what_waits_and_refuses_what_comes() {
     bench.queue.close();
     assert_eq!(*bench.answers.0.lock(), [(1, Err(LinkError::Dropped))]);
     assert_eq!(bench.push(3, 1, 0), Err(Full::Closed));
-    assert!(bench.queue.take().is_none());
+    assert!(bench.queue.take(None).is_none());
     assert!(bench.queue.is_closed());
 }
 
@@ -138,7 +138,7 @@ fn idle_is_neither_waiting_nor_computing() {
     assert!(!bench.queue.wait_idle(soon()), "the taken frame is being computed");
     std::thread::scope(|scope| {
         let done = scope.spawn(|| bench.queue.wait_idle(Instant::now() + Duration::from_secs(60)));
-        scope.spawn(|| assert!(bench.queue.take().is_none()));
+        scope.spawn(|| assert!(bench.queue.take(None).is_none()));
         assert!(done.join().unwrap());
         bench.queue.close();
     });

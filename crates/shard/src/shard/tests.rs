@@ -92,7 +92,7 @@ impl Bench {
 
     fn spawn(&self) -> Shard<ReferenceBackend> {
         let source = self.weights.clone();
-        Shard::spawn(options(self.class), self.backend.clone(), source).unwrap()
+        Shard::spawn(options(self.class), self.backend.clone(), source, None).unwrap()
     }
 
     /// A frame of `tokens` rows and these (slot, token) pairs.
@@ -215,7 +215,7 @@ proptest! {
         let bench = Bench::new(class);
         let shard = bench.inline();
         shard.apply(&placement(1, &SLOTS)).unwrap();
-        let held = shard.inner.held().unwrap();
+        let held = shard.inner.held(PlacementEpoch(1)).unwrap();
         let frames: Vec<_> =
             frames.iter().enumerate().map(|(at, (tokens, pairs))| bench.frame(*tokens, pairs, at)).collect();
         let mut receivers = Vec::new();
@@ -228,7 +228,7 @@ proptest! {
         let Executor::Inline(compute) = &shard.inner.executor else { unreachable!() };
         let mut compute = compute.lock();
         compute.set_max_rows(max_rows);
-        compute.run(jobs, || 0);
+        compute.run(jobs, || 0, None);
         for (frame, answer) in frames.iter().zip(receivers) {
             let combined = answer.try_recv().unwrap().unwrap();
             prop_assert!(combined.rows == bench.expected(frame, &SLOTS));
@@ -282,6 +282,61 @@ fn a_new_placement_keeps_what_is_loaded_and_drops_what_is_not_wanted() {
 }
 
 #[test]
+fn placements_are_held_side_by_side_share_experts_and_answer_by_epoch() {
+    let bench = Bench::new(NumericsClass::F32);
+    let shard = bench.spawn();
+    shard.apply(&placement(4, &[0, 1])).unwrap();
+    let (_, bytes) = shard.resident();
+    let loads = || bench.weights.loads.load(Ordering::Relaxed);
+    let go_on = AtomicBool::new(false);
+    let next = placement(5, &[1, 7]);
+    assert!(!shard.holds(&next));
+    shard.hold(&next, &go_on).unwrap();
+    assert!(shard.holds(&next));
+    assert_eq!((loads(), shard.resident()), (6, (6, bytes / 2 * 3)), "expert 1 is there once");
+    assert_eq!((shard.epoch(), shard.epochs()), (Some(PlacementEpoch(4)), [4, 5].map(PlacementEpoch).into()));
+
+    let ask_under = |epoch: u64| {
+        let mut frame = bench.frame(1, &[(0, 0)], 0);
+        frame.generation.epoch = PlacementEpoch(epoch);
+        ask(&shard, frame)
+    };
+    let expected = |slots: &[u16]| {
+        let rows = bench.expected(&bench.frame(1, &[(0, 0)], 0), slots);
+        bench.weights.loads.store(6, Ordering::Relaxed);
+        rows
+    };
+    assert!(ask_under(4).unwrap().rows == expected(&[0, 1]));
+    assert!(ask_under(5).unwrap().rows == expected(&[1, 7]));
+    assert_eq!(refusal(ask_under(6)).code, RefusalCode::Epoch);
+    shard.self_test(PlacementEpoch(5), PATIENCE).unwrap();
+
+    // A plan that came to nothing is replaced under its own number or another one.
+    let other = placement(5, &[3]);
+    assert!(!shard.holds(&other));
+    shard.hold(&other, &go_on).unwrap();
+    assert!(ask_under(5).unwrap().rows == expected(&[3]));
+    shard.put_in_force(PlacementEpoch(5));
+    shard.release(|epoch| epoch.0 >= 5);
+    assert_eq!(refusal(ask_under(4)).code, RefusalCode::Epoch);
+    assert_eq!(shard.resident(), (2, bytes / 2));
+    shard.release(|_| false);
+    assert_eq!((shard.epoch(), shard.resident()), (None, (0, 0)));
+    assert_eq!(refusal(ask_under(5)).code, RefusalCode::Unavailable);
+}
+
+#[test]
+fn a_load_that_nobody_wants_any_more_is_given_up() {
+    let bench = Bench::new(NumericsClass::F32);
+    let shard = bench.inline();
+    shard.apply(&placement(1, &[0])).unwrap();
+    let given_up = AtomicBool::new(true);
+    let error = shard.hold(&placement(2, &[0, 6]), &given_up).unwrap_err();
+    assert!(matches!(error, ApplyError::GivenUp { epoch: PlacementEpoch(2) }));
+    assert_eq!(shard.epochs(), [PlacementEpoch(1)]);
+}
+
+#[test]
 fn a_placement_that_cannot_be_loaded_leaves_the_former_in_force() {
     let mut bench = Bench::new(NumericsClass::F32);
     let key = ExpertKey { layer: LayerId(5), expert: LogicalExpert(6) };
@@ -310,12 +365,12 @@ fn a_frame_accepted_before_a_flip_is_computed_with_what_it_was_accepted_under() 
     let frame = bench.frame(3, &PAIRS, 0);
     let expected = bench.expected(&frame, &SLOTS);
     let (sink, answers) = crossbeam_channel::bounded(1);
-    let held = shard.inner.held().unwrap();
+    let held = shard.inner.held(PlacementEpoch(1)).unwrap();
     let reply = Reply::new(Arc::new(OneAnswer(sink)), 0);
     let job = Job { frame, reply, held, accepted: Instant::now() };
     shard.apply(&placement(2, &[0])).unwrap();
     let Executor::Inline(compute) = &shard.inner.executor else { unreachable!() };
-    compute.lock().run(vec![job], || 0);
+    compute.lock().run(vec![job], || 0, None);
     assert!(answers.try_recv().unwrap().unwrap().rows == expected);
 }
 
@@ -324,9 +379,11 @@ fn the_self_test_takes_the_way_of_frames() {
     for class in NumericsClass::ALL {
         let bench = Bench::new(class);
         let shard = bench.spawn();
-        assert!(matches!(shard.self_test(PATIENCE), Err(SelfTestError::NothingLoaded)));
+        let epoch = PlacementEpoch(1);
+        let untested = shard.self_test(epoch, PATIENCE);
+        assert!(matches!(untested, Err(SelfTestError::NothingLoaded { .. })));
         shard.apply(&placement(1, &SLOTS)).unwrap();
-        shard.self_test(PATIENCE).unwrap();
+        shard.self_test(epoch, PATIENCE).unwrap();
         assert_eq!(shard.stats().pairs.load(Ordering::Relaxed), 6);
     }
 }
@@ -337,7 +394,7 @@ fn weights_that_overflow_do_not_pass_the_self_test() {
     Arc::get_mut(&mut bench.weights).unwrap().scale = 1e30;
     let shard = bench.inline();
     shard.apply(&placement(1, &SLOTS)).unwrap();
-    let error = shard.self_test(PATIENCE).unwrap_err().to_string();
+    let error = shard.self_test(PlacementEpoch(1), PATIENCE).unwrap_err().to_string();
     assert!(error.contains("self-test of layer 3") && error.contains("not finite"), "{error}");
 }
 

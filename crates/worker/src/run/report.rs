@@ -41,6 +41,7 @@ pub(super) fn join(
         role,
         address,
         state: MemberState::Starting,
+        pod: options.pod.clone(),
     };
     let (report, metrics) = (Arc::clone(report), Arc::clone(metrics));
     let load = move || {

@@ -1,6 +1,6 @@
 //! The whole role: `cadre_worker::run` against expert servers and a coordinator that the test plays.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use cadre_dispatch::tuning;
 use cadre_proto::v1;
@@ -9,7 +9,7 @@ use cadre_worker::{WorkerOptions, WorkerRole, options::BoundAddresses, run};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
-    sync::{mpsc, oneshot},
+    sync::{Semaphore, mpsc, oneshot},
     task::JoinHandle,
 };
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
@@ -55,6 +55,15 @@ impl v1::coordinator_server::Coordinator for Coordinator {
         let session = Session { reports: request.into_inner(), views };
         self.sessions.send(session).await.map_err(|_| Status::unavailable("the test is over"))?;
         Ok(Response::new(ReceiverStream::new(outgoing)))
+    }
+
+    type OperateStream = tokio_stream::Empty<Result<v1::CoordinatorStatus, Status>>;
+
+    async fn operate(
+        &self,
+        _request: Request<Streaming<v1::OperatorView>>,
+    ) -> Result<Response<Self::OperateStream>, Status> {
+        Err(Status::unimplemented("no operator in this test"))
     }
 }
 
@@ -223,6 +232,100 @@ async fn told_to_stop_before_it_is_ready_it_stops() {
     let _session = sessions.recv().await.unwrap();
     worker.stop.send(()).unwrap();
     worker.task.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn told_to_stop_while_it_tests_itself_it_does_not_wait_for_the_test() {
+    let experts = Experts::start(NumericsClass::Bf16, 1, 0).await;
+    // The self-test waits for a shard that is gone; draining would take an hour.
+    experts.kill(0);
+    let (coordinator, mut sessions) = coordinate(None).await;
+    let (mut options, addresses) = options(coordinator);
+    options.timeouts.drain = Duration::from_secs(3600);
+    options.timeouts.uncovered = Duration::from_secs(3600);
+    let (stop, stopped) = oneshot::channel::<()>();
+    let task = tokio::spawn(run(options, async move {
+        let _ = stopped.await;
+    }));
+    let admin = addresses.await.unwrap().admin;
+    let mut session = sessions.recv().await.unwrap();
+    session.views.send(Ok((&*experts.view).into())).await.unwrap();
+    // With a placement it begins to test itself, and a report later it is at it.
+    while session.report(v1::MemberState::Starting).await.generation.unwrap().epoch == 0 {}
+    session.report(v1::MemberState::Starting).await;
+    assert_eq!(fetch(admin, "/readyz").await.0, 503);
+    stop.send(()).unwrap();
+    tokio::time::timeout(Duration::from_secs(120), task).await.expect("stops soon").unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_during_the_drain_and_after_it_are_unavailable_and_nothing_else() {
+    let experts = Experts::start(NumericsClass::Bf16, 1, 0).await;
+    let (coordinator, mut sessions) = coordinate(None).await;
+    let worker = start(coordinator).await;
+    let mut session = sessions.recv().await.unwrap();
+    session.views.send(Ok((&*experts.view).into())).await.unwrap();
+    wait_ready(worker.addresses.admin).await;
+    let wanted = request("x", prompt(1, 30), 2);
+    let generation = experts.view.generation;
+    let call = move |id: usize| v1::DecodeRequest {
+        generation: Some(generation.into()),
+        request_id: format!("call-{id}"),
+        prompt: wanted.prompt.clone(),
+        sampling: Some((&wanted.sampling).into()),
+        max_tokens: 2,
+        prefill: v1::PrefillMode::Local.into(),
+        ..Default::default()
+    };
+    // One connection that was there before, used without a pause until the port is closed; and a new
+    // connection for every call.
+    let at = worker.addresses.grpc;
+    let mut callers = Vec::new();
+    let answered = Arc::new(Semaphore::new(0));
+    for kept in [true, false] {
+        let (call, answered) = (call.clone(), answered.clone());
+        let mut client_kept = client(at);
+        callers.push(tokio::spawn(async move {
+            let (mut ok, mut codes) = (0, Vec::new());
+            for id in 0.. {
+                let mut fresh = client(at);
+                let client = if kept { &mut client_kept } else { &mut fresh };
+                let id = 2 * id + usize::from(kept);
+                let outcome = async {
+                    let mut events = client.decode(call(id)).await?.into_inner();
+                    while events.message().await?.is_some() {}
+                    Ok::<_, tonic::Status>(())
+                };
+                match outcome.await {
+                    Ok(()) => {
+                        ok += 1;
+                        answered.add_permits(1);
+                    }
+                    Err(status) => {
+                        // Nobody listens any more: it is over.
+                        let over = status.message().contains("tcp connect error");
+                        codes.push(status);
+                        if over {
+                            break;
+                        }
+                    }
+                }
+            }
+            (ok, codes)
+        }));
+    }
+    session.report(v1::MemberState::Ready).await;
+    answered.acquire_many(4).await.unwrap().forget();
+    worker.stop.send(()).unwrap();
+    session.report(v1::MemberState::Draining).await;
+    worker.task.await.unwrap().unwrap();
+    for caller in callers {
+        let (ok, statuses) = caller.await.unwrap();
+        println!("{ok} answered, {} refused", statuses.len());
+        for status in statuses {
+            assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+        }
+    }
 }
 
 #[tokio::test]

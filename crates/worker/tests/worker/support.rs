@@ -13,11 +13,11 @@ use cadre_engine::{
     EngineEvent, EngineHandle, GeneratedToken, PrefillPlace, SequenceRequest, SequenceStream,
 };
 use cadre_ops_cpu::{CpuBackend, CpuOptions};
-use cadre_placement::{ExpertLoad, plan_initial};
+use cadre_placement::{ExpertLoad, affordable_copies, plan_initial};
 use cadre_proto::v1::worker_client::WorkerClient;
 use cadre_shard::{CheckpointSource, Shard, ShardOptions};
 use cadre_types::{
-    ClusterView, FinishReason, Generation, Member, MemberId, MemberState, NumericsClass, Placement,
+    ClusterView, FinishReason, Generation, Layout, Member, MemberId, MemberState, NumericsClass, Placement,
     PlacementEpoch, Role, SamplingParams, ShardIndex, StopConditions, TokenId,
 };
 use cadre_worker::{
@@ -154,16 +154,20 @@ impl Experts {
         let backend = Arc::new(CpuBackend::new(cpu).unwrap());
         let config = checkpoint.config();
         let load = ExpertLoad::uniform(config.moe_layers(), config.n_routed_experts).unwrap();
-        let placement: Arc<Placement> = Arc::new(
-            plan_initial(&load, config.n_routed_experts, shards, redundant_slots, PlacementEpoch(1)).unwrap(),
-        );
+        let layout = Layout {
+            shards: shards as u16,
+            redundant_slots: redundant_slots as u32,
+            min_copies: affordable_copies(config.n_routed_experts, redundant_slots) as u16,
+        };
+        let placement: Arc<Placement> =
+            Arc::new(plan_initial(&load, config.n_routed_experts, layout, &[], PlacementEpoch(1)).unwrap());
         let generation =
             Generation { model: checkpoint.model_hash(), numerics: class, epoch: placement.epoch() };
         let (mut members, mut servers) = (Vec::new(), Vec::new());
         for shard in (0..shards as u16).map(ShardIndex) {
             let options = ShardOptions { shard, weights: generation, hidden: config.hidden_size };
             let source = CheckpointSource::new(Arc::clone(&backend), Arc::clone(&checkpoint));
-            let served = Shard::spawn(options, Arc::clone(&backend), Arc::new(source)).unwrap();
+            let served = Shard::spawn(options, Arc::clone(&backend), Arc::new(source), None).unwrap();
             served.apply(&placement).unwrap();
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             members.push(Member {
@@ -171,13 +175,14 @@ impl Experts {
                 role: Role::Expert(shard),
                 address: listener.local_addr().unwrap().to_string(),
                 state: MemberState::Ready,
+                pod: None,
             });
             let serving = tuning::server().add_service(ExpertServer::new(Arc::new(served)).into_service());
             servers.push(tokio::spawn(async move {
                 serving.serve_with_incoming(tuning::incoming(listener)).await.unwrap();
             }));
         }
-        Self { view: Arc::new(ClusterView { generation, placement, members }), servers }
+        Self { view: Arc::new(ClusterView::settled(generation, placement, members)), servers }
     }
 
     /// Ends a shard's server and its connections.

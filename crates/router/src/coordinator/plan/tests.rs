@@ -13,6 +13,11 @@ fn config() -> ModelConfig {
     Checkpoint::open(dir).unwrap().config().clone()
 }
 
+fn plan(options: &RouterOptions, config: &ModelConfig) -> Result<Placement, RouterError> {
+    let layout = layout(options, config)?;
+    Ok(Planner::new(options, config)?.plan(layout, &[], PlacementEpoch(1))?)
+}
+
 fn options(dir: &Path, redundant_slots: usize) -> RouterOptions {
     RouterOptions { redundant_slots, ..RouterOptions::new(dir.to_owned(), NonZeroU16::new(4).unwrap()) }
 }
@@ -66,4 +71,42 @@ fn a_bad_load_file_is_named() {
     std::fs::remove_file(&path).unwrap();
     let options = RouterOptions { expert_load: Some(path), ..options(dir.path(), 0) };
     assert!(plan(&options, &config).unwrap_err().to_string().contains("load.json"));
+}
+
+#[test]
+fn the_layout_comes_from_flags_or_from_a_file_and_never_half_of_each() {
+    let (dir, config) = (tempfile::tempdir().unwrap(), config());
+    let of = |options: RouterOptions| layout(&options, &config);
+    let flags = of(options(dir.path(), 32)).unwrap();
+    assert_eq!(flags, Layout { shards: 4, redundant_slots: 32, min_copies: 2 }, "what the slots afford");
+    let fewer = RouterOptions { min_copies: NonZeroU16::new(1), ..options(dir.path(), 32) };
+    assert_eq!(of(fewer).unwrap().min_copies, 1);
+
+    let path = dir.path().join("layout.json");
+    let with_file = || RouterOptions { layout_file: Some(path.clone()), ..options(dir.path(), 32) };
+    std::fs::write(&path, r#"{"shards": 8, "redundantSlots": 5, "minCopies": 1}"#).unwrap();
+    assert_eq!(of(with_file()).unwrap(), Layout { shards: 8, redundant_slots: 5, min_copies: 1 });
+    for text in ["{\"shards\": 8}", "{", r#"{"shards": 8, "redundantSlots": 5, "minCopies": 1, "x": 0}"#] {
+        std::fs::write(&path, text).unwrap();
+        let error = of(with_file()).unwrap_err().to_string();
+        assert!(error.contains("layout.json") && error.contains("redundantSlots"), "{error}");
+    }
+    std::fs::remove_file(&path).unwrap();
+    assert!(of(with_file()).unwrap_err().to_string().contains("layout.json"));
+}
+
+#[test]
+fn a_placement_satisfies_layouts_that_ask_for_no_more_copies_than_it_has() {
+    let (dir, config) = (tempfile::tempdir().unwrap(), config());
+    let planner = Planner::new(&options(dir.path(), 0), &config).unwrap();
+    let wanted = Layout { shards: 4, redundant_slots: 32, min_copies: 2 };
+    let placement = planner.plan(wanted, &[], PlacementEpoch(3)).unwrap();
+    assert_eq!(planner.layout_of(&placement), wanted);
+    assert!(planner.fits(&placement) && planner.satisfies(&placement, wanted));
+    assert!(planner.satisfies(&placement, Layout { min_copies: 1, ..wanted }));
+    assert!(!planner.satisfies(&placement, Layout { min_copies: 3, ..wanted }));
+    assert!(!planner.satisfies(&placement, Layout { shards: 5, ..wanted }));
+    assert!(!planner.satisfies(&placement, Layout { redundant_slots: 33, ..wanted }));
+    let one_layer = Placement::new(PlacementEpoch(1), 32, placement.layers()[..1].to_vec()).unwrap();
+    assert!(!planner.fits(&one_layer), "of another model");
 }

@@ -1,0 +1,223 @@
+//! Why a process ended, for whoever reads a pod's termination message.
+//!
+//! One line, `Reason: message`, at most [`MAX_BYTES`]. The reason is one of a closed set and follows from
+//! the types of the errors in the chain, never from their words; the message is the whole chain in words.
+//! The operator turns it into a condition (docs/operations.md), so a name here is an interface.
+
+use std::{error::Error, io, path::Path};
+
+use cadre_checkpoint::{CheckpointError, ProblemKind};
+use cadre_dispatch::{GenerationRefused, membership::MembershipError};
+use cadre_model::loader::LoadError;
+use cadre_ops::OpsError;
+use cadre_router::RouterError;
+
+/// The variable of `--termination-log`, which also serves a command line that cannot be read.
+pub(crate) const TERMINATION_LOG_ENV: &str = "CADRE_TERMINATION_LOG";
+
+/// Kubernetes reads 4 KiB per container and 12 KiB per pod.
+const MAX_BYTES: usize = 2048;
+
+/// Why a role ended with an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reason {
+    /// The checkpoint is there and is not a usable one.
+    CheckpointInvalid,
+    /// The checkpoint is not the one that the rest of the model runs, or was meant.
+    CheckpointMismatch,
+    /// Files of the checkpoint are absent or cannot be read, and nothing else is wrong with it.
+    CheckpointUnreadable,
+    /// Memory for weights or caches could not be had.
+    InsufficientMemory,
+    /// Flags, files or addresses that cannot be used.
+    InvalidConfiguration,
+    /// Everything else: a fault of the process.
+    Internal,
+}
+
+impl Reason {
+    /// The word.
+    fn name(self) -> &'static str {
+        match self {
+            Self::CheckpointInvalid => "CheckpointInvalid",
+            Self::CheckpointMismatch => "CheckpointMismatch",
+            Self::CheckpointUnreadable => "CheckpointUnreadable",
+            Self::InsufficientMemory => "InsufficientMemory",
+            Self::InvalidConfiguration => "InvalidConfiguration",
+            Self::Internal => "Internal",
+        }
+    }
+
+    /// The reason of the first error in the chain that has one.
+    fn of(error: &anyhow::Error) -> Self {
+        error.chain().find_map(of_one).unwrap_or(Self::Internal)
+    }
+}
+
+fn of_one(error: &(dyn Error + 'static)) -> Option<Reason> {
+    if let Some(error) = error.downcast_ref::<RouterError>() {
+        return of_router(error);
+    }
+    if let Some(error) = error.downcast_ref::<CheckpointError>() {
+        return Some(of_checkpoint(error));
+    }
+    // Transparent errors hide what they wrap from the chain.
+    if let Some(error) = error.downcast_ref::<LoadError>() {
+        return match error {
+            LoadError::Checkpoint(error) => Some(of_checkpoint(error)),
+            LoadError::ScaleFormat => Some(Reason::InvalidConfiguration),
+            LoadError::Backend { .. } => None,
+        };
+    }
+    if let Some(OpsError::OutOfMemory { .. }) = error.downcast_ref() {
+        return Some(Reason::InsufficientMemory);
+    }
+    if error.is::<GenerationRefused>() {
+        return Some(Reason::CheckpointMismatch);
+    }
+    if error.is::<cadre_worker::options::OptionsError>()
+        || error.is::<cadre_expert::options::OptionsError>()
+        || error.is::<MembershipError>()
+        || error.is::<cadre_telemetry::logging::LoggingError>()
+    {
+        return Some(Reason::InvalidConfiguration);
+    }
+    if let Some(error) = error.downcast_ref::<io::Error>() {
+        return of_io(error);
+    }
+    None
+}
+
+fn of_checkpoint(error: &CheckpointError) -> Reason {
+    match error {
+        CheckpointError::Invalid { problems, .. }
+            if problems.iter().all(|problem| problem.kind == ProblemKind::Unreadable) =>
+        {
+            Reason::CheckpointUnreadable
+        }
+        CheckpointError::Mapping(_) => Reason::CheckpointUnreadable,
+        CheckpointError::Invalid { .. }
+        | CheckpointError::UnknownTensor { .. }
+        | CheckpointError::WrongRank { .. }
+        | CheckpointError::UnknownExpert { .. }
+        | CheckpointError::BadNumber(_) => Reason::CheckpointInvalid,
+    }
+}
+
+fn of_router(error: &RouterError) -> Option<Reason> {
+    match error {
+        RouterError::Checkpoint(error) => Some(of_checkpoint(error)),
+        RouterError::Text(_) => Some(Reason::CheckpointInvalid),
+        RouterError::RoutedExperts { .. } => Some(Reason::CheckpointMismatch),
+        RouterError::File { .. }
+        | RouterError::Plan(_)
+        | RouterError::Load { .. }
+        | RouterError::Bind { .. } => Some(Reason::InvalidConfiguration),
+        RouterError::Metrics(_) | RouterError::Server { .. } => None,
+    }
+}
+
+/// Addresses come from flags; other I/O fails for reasons of its own.
+fn of_io(error: &io::Error) -> Option<Reason> {
+    match error.kind() {
+        io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable => Some(Reason::InvalidConfiguration),
+        io::ErrorKind::OutOfMemory => Some(Reason::InsufficientMemory),
+        _ => None,
+    }
+}
+
+/// Writes why a role ended. A log that cannot be written is noted, and changes nothing else.
+pub(crate) fn write(log: &Path, error: &anyhow::Error) {
+    write_line(log, &line(Reason::of(error), &format!("{error:#}")));
+}
+
+/// The same for a command line that cannot be read.
+pub(crate) fn of_usage(log: &Path, error: &clap::Error) {
+    write_line(log, &line(Reason::InvalidConfiguration, &error.to_string()));
+}
+
+fn write_line(log: &Path, line: &str) {
+    if let Err(problem) = std::fs::write(log, line) {
+        tracing::error!(path = %log.display(), %problem, "the termination log could not be written");
+    }
+}
+
+/// One line within the bound, cut between characters.
+fn line(reason: Reason, message: &str) -> String {
+    const ENDING: &str = "…\n";
+    let words: Vec<&str> = message.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let mut line = format!("{}: {}", reason.name(), words.join("; "));
+    if line.len() + 1 > MAX_BYTES {
+        let mut cut = MAX_BYTES - ENDING.len();
+        while !line.is_char_boundary(cut) {
+            cut -= 1;
+        }
+        line.truncate(cut);
+        line.push_str(ENDING);
+    } else {
+        line.push('\n');
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use anyhow::Context;
+    use cadre_checkpoint::Checkpoint;
+    use cadre_shard::ApplyError;
+    use cadre_types::{LayerId, LogicalExpert, PlacementEpoch};
+
+    use super::*;
+
+    fn reason<E: Into<anyhow::Error>>(error: E) -> Reason {
+        Reason::of(&Err::<(), _>(error.into()).context("role").context("outer").unwrap_err())
+    }
+
+    #[test]
+    fn the_reason_is_that_of_the_error_however_deep() {
+        let absent = || Checkpoint::open("/no/such/checkpoint").unwrap_err();
+        assert_eq!(reason(absent()), Reason::CheckpointUnreadable);
+        assert_eq!(reason(RouterError::Checkpoint(absent())), Reason::CheckpointUnreadable);
+        assert_eq!(reason(LoadError::Checkpoint(absent())), Reason::CheckpointUnreadable);
+
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), "{}").unwrap();
+        let broken = Checkpoint::open(dir.path()).unwrap_err();
+        assert_eq!(reason(broken), Reason::CheckpointInvalid);
+
+        let memory = OpsError::OutOfMemory { op: "alloc", bytes: 1 << 40 };
+        let loading = LoadError::Backend { tensor: "lm_head".into(), source: memory };
+        let key = cadre_model::ExpertKey { layer: LayerId(3), expert: LogicalExpert(7) };
+        let applying = ApplyError::Load { epoch: PlacementEpoch(1), key, source: Box::new(loading) };
+        assert_eq!(reason(applying), Reason::InsufficientMemory);
+
+        assert_eq!(reason(GenerationRefused { reason: "theirs".into() }), Reason::CheckpointMismatch);
+        let experts = RouterError::RoutedExperts { path: "m".into(), found: 32, expected: 256 };
+        assert_eq!(reason(experts), Reason::CheckpointMismatch);
+        let taken = io::Error::from(io::ErrorKind::AddrInUse);
+        let bind = RouterError::Bind { what: "gRPC", address: ([127, 0, 0, 1], 1).into(), source: taken };
+        assert_eq!(reason(bind), Reason::InvalidConfiguration);
+        assert_eq!(reason(io::Error::from(io::ErrorKind::AddrInUse)), Reason::InvalidConfiguration);
+        assert_eq!(reason(anyhow::anyhow!("CheckpointInvalid, it says")), Reason::Internal);
+    }
+
+    #[test]
+    fn a_line_is_one_line_within_the_bound() {
+        assert_eq!(line(Reason::Internal, "a:\n  b\n\nc"), "Internal: a:; b; c\n");
+        let long = line(Reason::CheckpointInvalid, &"ü".repeat(5000));
+        assert!(long.len() <= MAX_BYTES && long.len() > MAX_BYTES - 4, "{}", long.len());
+        assert!(long.starts_with("CheckpointInvalid: ü") && long.ends_with("…\n"));
+        assert_eq!(long.matches('\n').count(), 1);
+    }
+
+    #[test]
+    fn an_error_is_written_and_an_unwritable_log_is_no_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        write(&log, &anyhow::anyhow!("inner").context("router"));
+        assert_eq!(std::fs::read_to_string(&log).unwrap(), "Internal: router: inner\n");
+        write(&dir.path().join("no/such/folder"), &anyhow::anyhow!("x"));
+    }
+}

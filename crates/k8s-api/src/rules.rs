@@ -1,0 +1,213 @@
+//! Every rule that a schema's bounds cannot say, as CEL. The API server evaluates them, and so do
+//! [`crate::manifest`] and the unit tests, without a cluster.
+//!
+//! A message names the numbers and the fix; `fieldPath` points to the field that is easiest to change. The
+//! arithmetic is the same as that of [`crate::MoEModelSpec::slots`] and [`crate::MoEModelSpec::gpus`]; a property
+//! test compares them.
+//!
+//! kube-cel, which evaluates them here, knows neither `cel.bind` nor two-variable comprehensions nor `sortBy`
+//! (it refuses the object, it never lets one pass): hence the repeated sums.
+
+use kube::core::{Message, Rule};
+
+/// Longest name of a model: `<model>-experts-1023` and the hash that Kubernetes appends to a StatefulSet's
+/// revisions must fit into the 63 characters of a label.
+const NAME_LENGTH: usize = 40;
+
+fn rule(rule: &str, message: &str) -> Rule {
+    Rule::new(rule).message(message)
+}
+
+/// A rule whose message is an expression.
+fn told(rule: impl Into<String>, message: impl Into<String>) -> Rule {
+    Rule::new(rule).message(Message::Expression(message.into()))
+}
+
+/// The object's name, from which every child's name is made.
+pub(crate) fn model_name() -> Rule {
+    told(
+        format!(
+            "size(self.metadata.name) <= {NAME_LENGTH} && self.metadata.name.matches('{}')",
+            crate::schema::LABEL
+        ),
+        format!(
+            "'metadata.name ' + self.metadata.name + ': the names of Services and pods are made from it, so it has at \
+             most {NAME_LENGTH} lower-case letters, digits and hyphens and starts with a letter'"
+        ),
+    )
+}
+
+/// A model that is Ready has the experts of its checkpoint: another number means another checkpoint. One that
+/// is not Ready may have been given a wrong number, which must be correctable.
+pub(crate) fn served_experts() -> Rule {
+    told(
+        "self.spec.model.routedExperts == oldSelf.spec.model.routedExperts \
+         || self.spec.model.source != oldSelf.spec.model.source \
+         || (has(self.spec.model.source.image) && (has(self.spec.image) ? self.spec.image : '') != (has(oldSelf.spec.image) ? oldSelf.spec.image : '')) \
+         || !has(oldSelf.status) || !has(oldSelf.status.conditions) \
+         || !oldSelf.status.conditions.exists(c, c.type == 'Ready' && c.status == 'True')",
+        "'the model is Ready with ' + string(oldSelf.spec.model.routedExperts) + ' routed experts: change \
+         routedExperts together with the checkpoint (model.source, or image if the source is the image)'",
+    )
+    .field_path(".spec.model.routedExperts")
+}
+
+/// Slots, copies, shards and budget.
+pub(crate) fn model_spec() -> Vec<Rule> {
+    const SLOTS: &str = "(self.model.routedExperts + self.experts.redundantSlots)";
+    let gpus = [
+        "self.prefill.replicas; self.prefill",
+        "self.decode.replicas; self.decode",
+        "self.experts.shards; self.experts",
+    ]
+    .map(|tier| tier.split_once("; ").unwrap_or_default())
+    .map(|(pods, tier)| format!("(has({tier}.accelerator) ? {pods} * {tier}.accelerator.count : 0)"))
+    .join(" + ");
+    vec![
+        told(
+            format!("{SLOTS} >= self.model.routedExperts * self.experts.minCopies"),
+            "'minCopies ' + string(self.experts.minCopies) + ' of ' + string(self.model.routedExperts) + ' experts need \
+             redundantSlots of at least ' + string(self.model.routedExperts * (self.experts.minCopies - 1)) + \
+             ', not ' + string(self.experts.redundantSlots)",
+        )
+        .field_path(".experts.redundantSlots"),
+        told(
+            format!("{SLOTS} % self.experts.shards == 0"),
+            format!(
+                "string(self.model.routedExperts) + ' experts + ' + string(self.experts.redundantSlots) + ' redundantSlots = ' + \
+                 string({SLOTS}) + ' slots do not divide among ' + string(self.experts.shards) + ' shards: set redundantSlots to ' + \
+                 string(self.experts.redundantSlots + self.experts.shards - {SLOTS} % self.experts.shards) + \
+                 ' or choose a number of shards that divides the slots'"
+            ),
+        )
+        .field_path(".experts.shards"),
+        told(
+            "self.experts.minCopies <= self.experts.shards",
+            "string(self.experts.minCopies) + ' copies on different shards need at least as many shards, not ' + \
+             string(self.experts.shards)",
+        )
+        .field_path(".experts.minCopies"),
+        told(
+            "self.experts.redundantSlots <= self.model.routedExperts * (self.experts.shards - 1)",
+            "'a shard holds an expert once, so ' + string(self.experts.shards) + ' shards have use for at most ' + \
+             string(self.model.routedExperts * (self.experts.shards - 1)) + ' redundantSlots, not ' + \
+             string(self.experts.redundantSlots)",
+        )
+        .field_path(".experts.redundantSlots"),
+        told(
+            format!("!has(self.budget) || {gpus} <= self.budget.gpus"),
+            format!(
+                "'prefill, decode and experts need ' + string({gpus}) + ' accelerators, the budget has ' + \
+                 string(self.budget.gpus) + ': raise budget.gpus or lower replicas, shards or accelerator.count'"
+            ),
+        )
+        .field_path(".budget.gpus"),
+    ]
+}
+
+/// One source, not none and not two.
+pub(crate) fn source() -> Vec<Rule> {
+    vec![rule(
+        "[has(self.image), has(self.persistentVolumeClaim), has(self.hostPath), has(self.imageVolume)].exists_one(given, given)",
+        "give exactly one of image, persistentVolumeClaim, hostPath, imageVolume",
+    )]
+}
+
+/// A folder of a container or node.
+pub(crate) fn absolute_path() -> Vec<Rule> {
+    vec![rule(
+        "self.startsWith('/') && !self.split('/').exists(part, part == '..')",
+        "the path is absolute (/models/NAME) and has no part '..'",
+    )]
+}
+
+/// A folder of a volume.
+pub(crate) fn relative_path() -> Vec<Rule> {
+    vec![rule(
+        "!self.startsWith('/') && !self.split('/').exists(part, part == '..')",
+        "the path is relative to the root of the volume (models/NAME) and has no part '..'",
+    )]
+}
+
+/// A cache that holds something.
+pub(crate) fn kv_cache() -> Vec<Rule> {
+    vec![rule(
+        "quantity(string(self)).compareTo(quantity('1Mi')) >= 0",
+        "the KV cache has at least 1Mi (512Mi, 16Gi)",
+    )]
+}
+
+/// CPU and memory, nothing else: accelerators have a field of their own.
+pub(crate) fn quantities() -> Vec<Rule> {
+    vec![rule(
+        "self.all(name, name == 'cpu' || name == 'memory')",
+        "only cpu and memory; accelerators belong into the tier's accelerator field",
+    )]
+}
+
+/// What Kubernetes would refuse at the pod.
+pub(crate) fn resources() -> Vec<Rule> {
+    ["cpu", "memory"]
+        .map(|name| {
+            rule(
+                &format!(
+                    "!has(self.requests) || !has(self.limits) || !('{name}' in self.requests) || !('{name}' in self.limits) \
+                     || quantity(string(self.requests['{name}'])).compareTo(quantity(string(self.limits['{name}']))) <= 0"
+                ),
+                &format!("requests.{name} is more than limits.{name}: raise the limit or lower the request"),
+            )
+            .field_path(".limits")
+        })
+        .to_vec()
+}
+
+/// Keys are labels; a schema cannot bound the keys of a map.
+pub(crate) fn node_selector() -> Vec<Rule> {
+    vec![rule(
+        "self.all(key, !format.qualifiedName().validate(key).hasValue())",
+        "a key is a node label (kubernetes.io/arch, example.com/pool)",
+    )]
+}
+
+/// What Kubernetes would refuse at the pod.
+pub(crate) fn toleration() -> Vec<Rule> {
+    vec![
+        rule(
+            "!has(self.operator) || self.operator != 'Exists' || !has(self.value) || self.value == ''",
+            "operator Exists takes no value: remove value, or use operator Equal",
+        ),
+        rule(
+            "has(self.key) && self.key != '' || has(self.operator) && self.operator == 'Exists'",
+            "without a key the operator is Exists: it tolerates every taint",
+        ),
+        rule(
+            "!has(self.tolerationSeconds) || has(self.effect) && self.effect == 'NoExecute'",
+            "tolerationSeconds goes with effect NoExecute",
+        ),
+    ]
+}
+
+/// The name under which the operator looks for it.
+pub(crate) fn tier_name() -> Rule {
+    told(
+        "self.metadata.name == self.spec.modelName + '-' + self.spec.tier.lowerAscii()",
+        "'the operator makes this object and names it ' + self.spec.modelName + '-' + self.spec.tier.lowerAscii() + \
+         '; no other name has an effect'",
+    )
+}
+
+/// A model has at least one shard.
+pub(crate) fn tier_spec() -> Vec<Rule> {
+    vec![
+        rule(
+            "self.tier != 'Experts' || self.replicas >= 1",
+            "experts need at least 1 replica: they hold the weights",
+        )
+        .field_path(".replicas"),
+    ]
+}
+
+/// A field that is set once.
+pub(crate) fn immutable(field: &str) -> Vec<Rule> {
+    vec![rule("self == oldSelf", &format!("{field} is immutable: the operator makes a tier for each model"))]
+}

@@ -1,0 +1,71 @@
+//! What users read back.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::schema;
+
+/// The state of a model.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct MoEModelStatus {
+    /// Generation of the spec that this status is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Ready, Progressing, Degraded, ExpertsCovered, ScalingLimited (docs/operations.md).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "schema::conditions")]
+    pub conditions: Vec<Condition>,
+    /// Prefill workers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefill: Option<TierStatus>,
+    /// Decode workers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decode: Option<TierStatus>,
+    /// Expert shards.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<TierStatus>,
+    /// Epoch of the placement in force.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement_epoch: Option<i64>,
+    /// Hash of the checkpoint in service.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    pub model_hash: Option<String>,
+    /// Largest over mean tokens per shard, two decimals; absent without traffic.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16))]
+    pub imbalance: Option<String>,
+    /// Weights read by the shards.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loading: Option<LoadingStatus>,
+}
+
+/// Pods of a tier.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TierStatus {
+    /// Pods wanted, after the budget.
+    pub desired: i32,
+    /// Pods that exist.
+    pub replicas: i32,
+    /// Pods that work is routed to.
+    pub ready: i32,
+    /// ready/desired.
+    #[schemars(length(max = 32))]
+    pub summary: String,
+}
+
+/// Progress of reading weights, over all shards.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LoadingStatus {
+    /// Bytes read.
+    pub bytes_read: i64,
+    /// Bytes that will have been read.
+    pub bytes_expected: i64,
+    /// Whole percent.
+    #[schemars(length(max = 32))]
+    pub summary: String,
+}

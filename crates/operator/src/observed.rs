@@ -1,0 +1,88 @@
+//! Everything that a plan is made from: one model, its children as the watches show them, and what the
+//! model's coordinator last said. Plain data, gathered by the executor, invented by tests.
+
+use std::collections::BTreeMap;
+
+use cadre_k8s_api::{MoEModel, MoETier, Tier};
+use cadre_types::CoordinatorStatus;
+use k8s_openapi::{
+    api::{
+        apps::v1::{Deployment, StatefulSet},
+        core::v1::{ConfigMap, PersistentVolumeClaim, Pod, Service, ServiceAccount},
+        policy::v1::PodDisruptionBudget,
+    },
+    jiff::Timestamp,
+};
+
+/// What is there.
+#[derive(Clone, Debug)]
+pub struct Observed {
+    /// The model.
+    pub model: MoEModel,
+    /// Its tiers; objects of the tiers' names, whoever owns them.
+    pub tiers: BTreeMap<Tier, MoETier>,
+    /// Deployments of the model's names or labels.
+    pub deployments: Vec<Deployment>,
+    /// StatefulSets likewise.
+    pub stateful_sets: Vec<StatefulSet>,
+    /// Services likewise.
+    pub services: Vec<Service>,
+    /// ConfigMaps likewise.
+    pub config_maps: Vec<ConfigMap>,
+    /// ServiceAccounts likewise.
+    pub service_accounts: Vec<ServiceAccount>,
+    /// PodDisruptionBudgets likewise.
+    pub disruption_budgets: Vec<PodDisruptionBudget>,
+    /// Pods with the model's label.
+    pub pods: Vec<Pod>,
+    /// Recent refusals to create pods of our workloads (FailedCreate events): workload name → message.
+    pub refused_pods: BTreeMap<String, String>,
+    /// Recent failures to mount a pod's volumes (FailedMount events): pod name → message.
+    pub failed_mounts: BTreeMap<String, String>,
+    /// The claim of the checkpoint's source, if the spec names one.
+    pub claim: ClaimState,
+    /// Nodes that run our pods: name → labels.
+    pub nodes: BTreeMap<String, NodeView>,
+    /// What the coordinator last said and when it was heard; `None` if it was never reached.
+    pub coordinator: Option<CoordinatorReport>,
+    /// What the API server refused at the last execution: child → message. Cleared by success.
+    pub refused_children: BTreeMap<String, String>,
+    /// Image of pods whose model names none: the operator's own.
+    pub default_image: String,
+    /// When this process began to observe the model: what is not known yet is not lost for a while after.
+    pub watching_since: Timestamp,
+    /// The time of observation.
+    pub now: Timestamp,
+}
+
+/// The claim of the checkpoint.
+#[derive(Clone, Debug, Default)]
+pub enum ClaimState {
+    /// The source is no claim.
+    #[default]
+    NotNamed,
+    /// It does not exist.
+    Missing,
+    /// It exists.
+    Found(Box<PersistentVolumeClaim>),
+}
+
+/// What matters of a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeView {
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Its `Ready` condition is true.
+    pub ready: bool,
+}
+
+/// The coordinator's word.
+#[derive(Clone, Debug)]
+pub struct CoordinatorReport {
+    /// What it said last.
+    pub status: CoordinatorStatus,
+    /// When it was heard.
+    pub heard: Timestamp,
+    /// The stream is up now; else the reason why it is not.
+    pub connected: Result<(), String>,
+}

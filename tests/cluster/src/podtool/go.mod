@@ -1,0 +1,3 @@
+module cadre.test/cluster/podtool
+
+go 1.25
