@@ -1,8 +1,5 @@
 //! `cargo xtask ci`: every gate, cheapest first, each with the time it took.
 //!
-//! On a machine that never built the programs of a test cluster, that build (22 minutes of one core) begins with
-//! the first gate, at the lowest priority, and is waited for before the first test runs.
-//!
 //! All gates run even when one fails: a change that is wrong in two ways is told both. The builds are three
 //! (check for clippy, dev for everything that runs, rustdoc); tests and the end-to-end clusters share the dev
 //! build, whose kernels are optimised (Cargo.toml, `[profile.dev.package]`).
@@ -14,7 +11,7 @@ use std::{
 
 use anyhow::{Result, bail};
 
-use crate::{command, e2e, generate, interrupt, layers, metadata::Metadata, suites, tools};
+use crate::{command, generate, interrupt, layers, suites, tools};
 
 type Gate = (&'static str, fn() -> Result<()>);
 
@@ -32,8 +29,6 @@ const GATES: [Gate; 7] = [
 pub(crate) fn run() -> Result<()> {
     interrupt::watch()?;
     tools::components()?;
-    // Ended with us, should we fail.
-    let _beside = e2e::build_beside(&suites::logs(&Metadata::load()?))?;
     let outcomes: Vec<(&str, Result<()>, Duration)> = GATES
         .iter()
         .map(|(name, gate)| {

@@ -39,9 +39,13 @@ fn any_addresses() -> [String; 4] {
 }
 
 fn expert(coordinator: &str, shard: u16) -> RoleProcess {
-    let (index, name) = (shard.to_string(), format!("expert-{shard}"));
+    expert_in(coordinator, shard, &format!("expert-{shard}"))
+}
+
+fn expert_in(coordinator: &str, shard: u16, name: &str) -> RoleProcess {
+    let index = shard.to_string();
     let uid = format!("uid-{name}");
-    let args = ["--coordinator", coordinator, "--shard", &index, "--pod-name", &name, "--pod-uid", &uid];
+    let args = ["--coordinator", coordinator, "--shard", &index, "--pod-name", name, "--pod-uid", &uid];
     RoleProcess::start("expert", &[&args[..], &["--threads", "1"]].concat())
 }
 
@@ -98,13 +102,20 @@ impl Load {
         wait::until_async("answers come", enough).await;
     }
 
-    async fn end(self) -> (usize, Vec<String>) {
+    async fn end(mut self) -> (usize, Vec<String>) {
         self.stop.store(true, Ordering::Relaxed);
         let mut failures = Vec::new();
-        for client in self.clients {
+        for client in std::mem::take(&mut self.clients) {
             failures.extend(client.await.expect("a client"));
         }
         (self.answers.load(Ordering::Relaxed), failures)
+    }
+}
+
+impl Drop for Load {
+    /// A test that fails must not leave its clients asking a router that is gone.
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 }
 
@@ -168,10 +179,13 @@ async fn shards_are_scaled_up_and_down_under_load_without_a_failed_request() {
     operator.tell(view(4, 4)).await;
     load.more(32).await;
 
-    // And once more in a hurry: the newest wins.
-    experts.extend((4..8).map(|shard| expert(&coordinator, shard)));
+    // And once more in a hurry, with new pods (a pod that is gone never comes back): the newest wins.
+    let names: Vec<String> = (4..8).map(|shard| format!("expert-{shard}-again")).collect();
+    experts.extend((4..).zip(&names).map(|(shard, name)| expert_in(&coordinator, shard, name)));
     for shards in [5, 8, 6] {
-        operator.tell(view(shards, 8)).await;
+        let mut view = view(shards, 4);
+        view.pods.extend(names.iter().map(|name| pod(name, "node-b")));
+        operator.tell(view).await;
     }
     operator.settled(6).await;
     load.more(32).await;
