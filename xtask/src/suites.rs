@@ -70,7 +70,11 @@ pub(crate) fn run(only: Option<&str>) -> Result<()> {
     if wants_cluster {
         outcomes.extend(run_on_cluster(&on_cluster, &logs, &cadre, false)?);
     } else if only.is_none() && !on_cluster.is_empty() {
-        println!("{NOTICE} {} suites of {} were not run: `cargo xtask e2e` runs them", on_cluster.len(), e2e::PACKAGE);
+        println!(
+            "{NOTICE} {} suites of {} were not run: `cargo xtask e2e` runs them",
+            on_cluster.len(),
+            e2e::PACKAGE
+        );
     }
     close(&outcomes)
 }

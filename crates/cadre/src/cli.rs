@@ -9,7 +9,7 @@ use crate::{
     chat::{self, ChatArgs},
     inspect::{self, InspectArgs},
     reference::{self, ReferenceArgs},
-    roles::{self, ExpertArgs, RouterArgs, WorkerArgs},
+    roles::{self, ExpertArgs, OperatorArgs, RouterArgs, WorkerArgs},
     runtime::block_on,
     soak::{self, SoakArgs},
     synth::{self, SynthArgs},
@@ -35,6 +35,7 @@ enum Command {
     Router(Box<RouterArgs>),
     Worker(Box<WorkerArgs>),
     Expert(Box<ExpertArgs>),
+    Operator(Box<OperatorArgs>),
     #[command(hide = true)]
     Reference(ReferenceArgs),
 }
@@ -52,6 +53,7 @@ impl Cli {
             Command::Router(args) => block_on(roles::router(*args)),
             Command::Worker(args) => block_on(roles::worker(*args)),
             Command::Expert(args) => block_on(roles::expert(*args)),
+            Command::Operator(args) => block_on(roles::operator(*args)),
             Command::Reference(args) => reference::run(&args),
         }
     }

@@ -104,7 +104,7 @@ fn argument_name(argument: &clap::Arg) -> String {
 
 /// The tables from which the roles register their metrics, so a metric that is not here does not exist.
 fn metrics_page() -> Result<String> {
-    let roles: [(&str, &str, &[&[MetricSpec]]); 3] = [
+    let roles: [(&str, &str, &[&[MetricSpec]]); 4] = [
         ("Router", "`cadre router`, the coordinator included.", &[cadre_router::metrics::CATALOG]),
         (
             "Worker",
@@ -112,6 +112,7 @@ fn metrics_page() -> Result<String> {
             &[cadre_worker::metrics::CATALOG, cadre_worker::dispatch_metrics::CATALOG],
         ),
         ("Expert shard", "`cadre expert`.", &[cadre_expert::metrics::CATALOG]),
+        ("Operator", "`cadre operator`.", &[cadre_operator::metrics::CATALOG]),
     ];
     let mut page = format!(
         "# Metrics\n\n{GENERATED}\nEvery role serves them at `/metrics` of its admin address, with \

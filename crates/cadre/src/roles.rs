@@ -23,6 +23,7 @@ use tokio::sync::oneshot;
 use crate::{output, stop};
 
 mod expert;
+mod operator;
 mod router;
 mod termination;
 mod worker;
@@ -30,6 +31,7 @@ mod worker;
 pub(crate) use termination::{TERMINATION_LOG_ENV, of_usage};
 
 pub(crate) use expert::{ExpertArgs, expert};
+pub(crate) use operator::{OperatorArgs, operator};
 pub(crate) use router::{RouterArgs, router};
 pub(crate) use worker::{WorkerArgs, worker};
 

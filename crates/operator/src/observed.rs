@@ -55,6 +55,35 @@ pub struct Observed {
     pub now: Timestamp,
 }
 
+impl Observed {
+    /// A model of which nothing exists yet, in no cluster: for `cadre operator plan` and for tests.
+    pub fn nothing(mut model: MoEModel, default_image: &str) -> Self {
+        model.metadata.namespace.get_or_insert_with(|| "default".to_owned());
+        // What the API server would assign; owner references need one.
+        model.metadata.uid.get_or_insert_with(|| "00000000-0000-0000-0000-000000000000".to_owned());
+        Self {
+            model,
+            tiers: BTreeMap::new(),
+            deployments: Vec::new(),
+            stateful_sets: Vec::new(),
+            services: Vec::new(),
+            config_maps: Vec::new(),
+            service_accounts: Vec::new(),
+            disruption_budgets: Vec::new(),
+            pods: Vec::new(),
+            refused_pods: BTreeMap::new(),
+            failed_mounts: BTreeMap::new(),
+            claim: ClaimState::NotNamed,
+            nodes: BTreeMap::new(),
+            coordinator: None,
+            refused_children: BTreeMap::new(),
+            default_image: default_image.to_owned(),
+            watching_since: Timestamp::UNIX_EPOCH,
+            now: Timestamp::UNIX_EPOCH,
+        }
+    }
+}
+
 /// The claim of the checkpoint.
 #[derive(Clone, Debug, Default)]
 pub enum ClaimState {
@@ -79,9 +108,9 @@ pub struct NodeView {
 /// The coordinator's word.
 #[derive(Clone, Debug)]
 pub struct CoordinatorReport {
-    /// What it said last.
+    /// What it said last. While the stream is up this is the present state: the coordinator tells every change.
     pub status: CoordinatorStatus,
-    /// When it was heard.
+    /// When the stream was last known to be up; without effect while it is.
     pub heard: Timestamp,
     /// The stream is up now; else the reason why it is not.
     pub connected: Result<(), String>,

@@ -3,10 +3,34 @@
 //! [`plan`] is called for one model at a time, on every change. It decides everything (children, order of
 //! replacement, budget, conditions, what the coordinator is told); the executor only carries it out. A plan of
 //! the steady state is empty: no write, no event.
+//!
+//! In order: [`facts`] reads the observation → [`wants`] says how many pods each tier is to have → [`pace`] how
+//! many of them now → [`children`] renders → [`apply`] compares → [`replace`] picks pods that go → [`gates`],
+//! [`view`], [`findings`], [`status`] and [`events`] tell. Each is a pure function of those before it.
 
-use cadre_k8s_api::{MoEModelStatus, MoETierStatus, Tier};
+mod apply;
+mod children;
+mod clock;
+mod component;
+mod events;
+mod facts;
+mod findings;
+mod gates;
+mod pace;
+mod pods;
+mod print;
+mod replace;
+mod status;
+mod view;
+mod wants;
+
+use cadre_k8s_api::{MoEModel, MoEModelStatus, MoETierStatus, Tier};
 use cadre_types::OperatorView;
 use kube::core::DynamicObject;
+
+pub use print::{PrintError, manifests, render};
+
+use crate::observed::Observed;
 
 /// What is to be done, in order.
 #[derive(Clone, Debug)]
@@ -46,6 +70,8 @@ pub enum Action {
         uid: String,
         /// ...and, where it is set, unchanged.
         resource_version: Option<String>,
+        /// Without a grace period: the node does not answer, so nobody is there to drain or to confirm.
+        force: bool,
         /// Why.
         why: String,
     },
@@ -97,3 +123,73 @@ pub struct Transition {
     /// Words, at most 1 KiB.
     pub note: String,
 }
+
+impl ObjectKind {
+    /// Its `kind`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tier => "MoETier",
+            Self::Deployment => "Deployment",
+            Self::StatefulSet => "StatefulSet",
+            Self::Service => "Service",
+            Self::ConfigMap => "ConfigMap",
+            Self::ServiceAccount => "ServiceAccount",
+            Self::PodDisruptionBudget => "PodDisruptionBudget",
+            Self::Pod => "Pod",
+        }
+    }
+}
+
+/// Plans one model.
+pub fn plan(observed: &Observed) -> Plan {
+    let facts = facts::Facts::new(observed);
+    if facts.is_deleting() {
+        return deleting(&facts);
+    }
+    let wants = wants::Wants::new(&facts);
+    let pace = pace::Pace::new(&facts, &wants);
+    let rendered = children::render(&facts, &wants, &pace);
+    let applied = apply::compare(&facts, &rendered);
+    let (victims, waits) = replace::victims(&facts, &rendered, &applied);
+    let gates = gates::changes(&facts);
+    let findings = findings::findings(&facts, &wants, &rendered, &applied);
+    let judged =
+        status::Judged { facts: &facts, wants: &wants, rendered: &rendered, findings: &findings, waits };
+    let status = judged.model();
+    let tier_status = judged.tiers();
+    let events = events::transitions(observed.model.status.as_ref(), &status);
+    let operator_view = Some(view::view(&facts, wants.layout(), &victims));
+    let mut actions = applied.actions;
+    actions.extend(gates);
+    actions.extend(victims.into_iter().map(replace::Victim::into_action));
+    Plan {
+        actions,
+        status: (observed.model.status.as_ref() != Some(&status)).then_some(status),
+        tier_status,
+        events,
+        operator_view,
+        requeue: facts.clock().next(),
+    }
+}
+
+/// What would be done for a new model, without a cluster.
+pub fn preview(model: MoEModel, default_image: &str) -> Plan {
+    plan(&Observed::nothing(model, default_image))
+}
+
+/// The children go with their owner (garbage collection), and the pods drain by themselves.
+fn deleting(facts: &facts::Facts<'_>) -> Plan {
+    let before = facts.model().status.as_ref();
+    let status = status::deleting(facts);
+    Plan {
+        actions: Vec::new(),
+        events: events::transitions(before, &status),
+        status: (before != Some(&status)).then_some(status),
+        tier_status: Vec::new(),
+        operator_view: None,
+        requeue: None,
+    }
+}
+
+#[cfg(test)]
+mod tests;

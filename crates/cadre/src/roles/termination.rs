@@ -9,6 +9,7 @@ use std::{error::Error, io, path::Path};
 use cadre_checkpoint::{CheckpointError, ProblemKind};
 use cadre_dispatch::{GenerationRefused, membership::MembershipError};
 use cadre_model::loader::LoadError;
+use cadre_operator::OperatorError;
 use cadre_ops::OpsError;
 use cadre_router::RouterError;
 
@@ -57,6 +58,9 @@ impl Reason {
 fn of_one(error: &(dyn Error + 'static)) -> Option<Reason> {
     if let Some(error) = error.downcast_ref::<RouterError>() {
         return of_router(error);
+    }
+    if let Some(OperatorError::Config(_) | OperatorError::Bind { .. }) = error.downcast_ref() {
+        return Some(Reason::InvalidConfiguration);
     }
     if let Some(error) = error.downcast_ref::<CheckpointError>() {
         return Some(of_checkpoint(error));

@@ -25,12 +25,12 @@ impl Backoff {
         Self { first, max, failures: 0, jitter }
     }
 
-    /// Watches: an API server that restarts is found again within seconds.
+    /// Whatever needs the API server: one that restarts is found again within seconds.
     pub(crate) fn of_watch() -> Self {
         Self::new(Duration::from_millis(200), Duration::from_secs(5))
     }
 
-    /// Reconciles that failed.
+    /// Reconciles in which something was refused: it will be again until somebody acts.
     pub(crate) fn of_reconcile() -> Self {
         Self::new(Duration::from_millis(200), Duration::from_secs(30))
     }

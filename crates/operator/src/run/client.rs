@@ -21,11 +21,17 @@ use kube::{
 use tokio::time::Instant;
 use tower::{BoxError, Layer, Service};
 
+use super::lease::{self, Renewals};
+
 /// Longest silence that is granted: an API server that asks for more is asked again after so long.
 const MAX_SILENCE: Duration = Duration::from_secs(60);
 
 /// How long a connection to the API server may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Longest silence of a connection that is waited on. A watch ends after a minute at the latest, so this is longer;
+/// without it a list that is never answered would be waited for without end.
+const READ_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// When the API server wants to be asked again. Clones share it.
 #[derive(Clone, Debug, Default)]
@@ -49,15 +55,33 @@ impl Pressure {
 pub(crate) async fn infer() -> Result<Config, kube::config::InferConfigError> {
     let mut config = Config::infer().await?;
     config.connect_timeout = Some(CONNECT_TIMEOUT);
+    config.read_timeout = Some(READ_TIMEOUT);
+    config.reset_reader_on_write = true;
     config.default_retry = false;
     Ok(config)
 }
 
 /// A client that counts its requests.
 pub(crate) fn client(config: Config, layer: &ApiLayer) -> Result<Client, kube::Error> {
-    // One provider of cryptography in the whole process: ring. Whoever was first is as good.
-    let _ = rustls::crypto::ring::default_provider().install_default();
+    one_provider();
     Ok(ClientBuilder::try_from(config)?.with_layer(layer).build())
+}
+
+/// The client of the lease: connections of its own, so that no burst of writes delays a renewal, and no wait for an
+/// answer that comes too late to be of use.
+pub(crate) fn lease_client(
+    mut config: Config,
+    layer: &ApiLayer,
+    renewals: &Renewals,
+) -> Result<Client, kube::Error> {
+    one_provider();
+    config.read_timeout = Some(lease::READ_TIMEOUT);
+    Ok(ClientBuilder::try_from(config)?.with_layer(layer).with_layer(renewals).build())
+}
+
+/// One provider of cryptography in the whole process: ring. Whoever was first is as good.
+fn one_provider() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
 /// Counts requests and notes `Retry-After`.

@@ -5,7 +5,8 @@ use cadre_telemetry::{
     metrics::LATENCY_BUCKETS,
 };
 
-const KIND: Label = Label::Bounded("kind", "kinds that the operator watches or writes (`pods`, `moemodels`…)");
+const KIND: Label =
+    Label::Bounded("kind", "kinds that the operator watches or writes (`pods`, `moemodels`…)");
 
 const RECONCILES: MetricSpec = MetricSpec {
     name: "cadre_operator_reconciles_total",

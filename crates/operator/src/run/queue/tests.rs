@@ -23,7 +23,11 @@ fn start(
     queue: &Arc<Queue>,
     concurrency: usize,
     again: Option<Duration>,
-) -> (mpsc::UnboundedReceiver<(ModelKey, oneshot::Sender<()>)>, oneshot::Sender<()>, tokio::task::JoinHandle<()>) {
+) -> (
+    mpsc::UnboundedReceiver<(ModelKey, oneshot::Sender<()>)>,
+    oneshot::Sender<()>,
+    tokio::task::JoinHandle<()>,
+) {
     let (announce, announced) = mpsc::unbounded_channel();
     let (stop, stopped) = oneshot::channel::<()>();
     let queue = Arc::clone(queue);

@@ -1,0 +1,193 @@
+//! `cadre operator`, and `cadre operator plan`: what it would do, without a cluster.
+
+use std::{
+    net::SocketAddr,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, ensure};
+use cadre_k8s_api::{
+    IMAGE, MoEModel,
+    manifest::{self, Document},
+};
+use cadre_operator::{CoordinatorAddress, LeaseOptions, OperatorOptions, plan};
+use cadre_telemetry::{LogFormat, init_logging};
+use clap::{Args, Subcommand};
+
+use super::{TERMINATION_LOG_ENV, announce, ended, loopback};
+use crate::{output, stop};
+
+/// Makes clusters of MoEModel objects and keeps them as specified.
+#[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct OperatorArgs {
+    #[command(subcommand)]
+    command: Option<OperatorCommand>,
+    /// Serve the models of this namespace; several by commas. [default: all namespaces]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    namespace: Vec<String>,
+    /// Image of pods whose model names none.
+    #[arg(long, value_name = "IMAGE", env = "CADRE_IMAGE", default_value = IMAGE)]
+    image: String,
+    /// Name among the replicas of the operator. [default: host name and process id]
+    #[arg(long, value_name = "NAME", env = "CADRE_POD_NAME")]
+    identity: Option<String>,
+    /// Lease of the replica that works.
+    #[arg(long, value_name = "NAME", default_value = "cadre-operator")]
+    lease: String,
+    /// Namespace of the lease. [default: the pod's, or the kubeconfig's]
+    #[arg(long, value_name = "NAME")]
+    lease_namespace: Option<String>,
+    /// Work without a lease. Two operators at once would do the work of one twice.
+    #[arg(long, conflicts_with_all = ["lease", "lease_namespace"])]
+    no_leader_election: bool,
+    /// Models reconciled at one time.
+    #[arg(long, value_name = "N", default_value = "4")]
+    concurrency: NonZeroUsize,
+    /// Where a model's coordinator is, with {name} and {namespace} in it. [default: its Service in the cluster]
+    #[arg(long, value_name = "ADDR")]
+    coordinator_address: Option<String>,
+    /// Where to serve metrics, health and readiness.
+    #[arg(long, value_name = "ADDR", default_value_t = loopback(9090))]
+    admin: SocketAddr,
+    /// Log filter (`info`, `warn,cadre_operator=debug`).
+    #[arg(long, value_name = "FILTER", default_value = "info")]
+    log: String,
+    /// Log lines as text for people or as json for collectors.
+    #[arg(long, value_name = "FORMAT", default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+    /// Where to write one line, `Reason: message`, when the process ends with an error.
+    #[arg(long, value_name = "FILE", env = TERMINATION_LOG_ENV)]
+    termination_log: Option<PathBuf>,
+}
+
+#[derive(Subcommand, Debug)]
+enum OperatorCommand {
+    Plan(PlanArgs),
+}
+
+/// Prints what would be done for the models of a file, without a cluster.
+#[derive(Args, Debug)]
+struct PlanArgs {
+    /// A file of manifests; every MoEModel in it is checked as an API server does and planned.
+    #[arg(short, long, value_name = "FILE")]
+    file: PathBuf,
+    /// Image of pods whose model names none.
+    #[arg(long, value_name = "IMAGE", env = "CADRE_IMAGE", default_value = IMAGE)]
+    image: String,
+    /// Print the objects themselves as YAML.
+    #[arg(long)]
+    yaml: bool,
+}
+
+impl OperatorArgs {
+    fn options(self) -> OperatorOptions {
+        let lease = LeaseOptions { namespace: self.lease_namespace, name: self.lease };
+        OperatorOptions {
+            namespaces: self.namespace,
+            identity: self.identity.unwrap_or_else(own_name),
+            lease: (!self.no_leader_election).then_some(lease),
+            default_image: self.image,
+            admin: self.admin,
+            concurrency: self.concurrency,
+            coordinator: self.coordinator_address.map(CoordinatorAddress::template).unwrap_or_default(),
+            bound: Some(announce()),
+        }
+    }
+}
+
+/// Runs the operator until it is asked to stop, or prints a plan.
+pub(crate) async fn operator(args: OperatorArgs) -> Result<()> {
+    if let Some(OperatorCommand::Plan(args)) = &args.command {
+        return print_plan(args);
+    }
+    let log = args.termination_log.clone();
+    init_logging(args.log_format, "operator", &args.log)?;
+    let requested = stop::requested(false)?;
+    let stop = async move {
+        let cause = requested.await;
+        tracing::info!(cause, "asked to stop");
+    };
+    ended(cadre_operator::run(args.options(), stop).await, "operator", log.as_deref())
+}
+
+/// Two processes of one host differ, and so do two lives of a process.
+fn own_name() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!(
+        "{}-{}",
+        Some(host.trim()).filter(|host| !host.is_empty()).unwrap_or("cadre-operator"),
+        std::process::id()
+    )
+}
+
+fn print_plan(args: &PlanArgs) -> Result<()> {
+    let models = models(&args.file)?;
+    ensure!(!models.is_empty(), "{} has no MoEModel", args.file.display());
+    for model in models {
+        let name = model.metadata.name.clone().unwrap_or_default();
+        let plan = plan::preview(model, &args.image);
+        let text = match args.yaml {
+            true => plan::manifests(&plan).with_context(|| format!("MoEModel {name}"))?,
+            false => format!("MoEModel {name}:\n{}", plan::render(&plan)),
+        };
+        output::line(text.trim_end());
+    }
+    Ok(())
+}
+
+fn models(file: &Path) -> Result<Vec<MoEModel>> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
+    let documents = manifest::read(&text).with_context(|| file.display().to_string())?;
+    let model = |document| match document {
+        Document::Model(model) => Some(*model),
+        Document::Other { .. } => None,
+    };
+    Ok(documents.into_iter().filter_map(model).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: OperatorArgs,
+    }
+
+    fn parsed(line: &[&str]) -> OperatorArgs {
+        Line::try_parse_from(std::iter::once(&"operator").chain(line)).unwrap().args
+    }
+
+    #[tokio::test]
+    async fn flags_become_options() {
+        let options =
+            parsed(&["--namespace", "a,b", "--lease-namespace", "cadre", "--identity", "us"]).options();
+        assert_eq!(options.namespaces, ["a", "b"]);
+        let lease = LeaseOptions { namespace: Some("cadre".into()), name: "cadre-operator".into() };
+        assert_eq!((options.lease, options.identity.as_str()), (Some(lease), "us"));
+        let options = parsed(&["--no-leader-election"]).options();
+        assert_eq!((options.lease, options.namespaces.len()), (None, 0));
+        assert!(Line::try_parse_from(["operator", "--no-leader-election", "--lease", "x"]).is_err());
+        assert!(Line::try_parse_from(["operator", "--admin", "[::]:1", "plan", "-f", "x"]).is_err());
+    }
+
+    #[test]
+    fn the_samples_can_be_planned_and_what_is_no_model_is_skipped() {
+        let samples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/samples");
+        assert_eq!(models(&samples.join("pocket.yaml")).unwrap().len(), 1);
+        for sample in ["pocket.yaml", "deepseek-v3-pools.yaml"] {
+            let args = PlanArgs { file: samples.join(sample), image: "image:1".into(), yaml: false };
+            print_plan(&args).unwrap();
+        }
+        let nothing = PlanArgs { file: samples.join("hpa.yaml"), image: "image:1".into(), yaml: false };
+        assert!(print_plan(&nothing).unwrap_err().to_string().contains("has no MoEModel"));
+        models(Path::new("/no/such/file")).unwrap_err();
+    }
+}

@@ -1,0 +1,273 @@
+//! The pods, which are alike but for their process: restricted security, probes, grace, checkpoint.
+//!
+//! **Security.** Every pod is admitted by the restricted pod security standard, but for a hostPath checkpoint,
+//! which that standard forbids. No process writes a file but its termination message.
+//!
+//! **Probes.** Liveness and start ask `/healthz`, which depends on no peer and no weight: nobody is killed for
+//! loading slowly or for the loss of somebody else. Readiness asks `/readyz`; members are ready for Kubernetes
+//! only if the coordinator says so as well (readiness gate).
+//!
+//! **Grace.** A process drains for `drainSeconds` at most and is killed only if it hangs after that.
+//!
+//! **Lost nodes.** Pods leave a node that does not answer after [`LOST_NODE_SECONDS`] instead of five minutes: the
+//! router is one pod, and a tier short of pods is slow. What is still alive there goes on until it is replaced.
+
+use std::collections::BTreeMap;
+
+use cadre_k8s_api::{
+    model::{Accelerator, PodSpec as TierPod},
+    names::{self, ROUTABLE_GATE, label, port},
+};
+use k8s_openapi::{
+    api::core::v1::{
+        Capabilities, Container, ContainerPort, EnvVar, EnvVarSource, HTTPGetAction, ObjectFieldSelector,
+        PodReadinessGate, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements,
+        SeccompProfile, SecurityContext, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
+    },
+    apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
+};
+
+use super::{
+    super::{component::Component, pods::CONTAINER},
+    Blueprint, checkpoint, meta,
+};
+
+/// Revisions kept for looking back; a return is another apply.
+pub(super) const REVISIONS: i32 = 2;
+/// Weights of a large model take longer than Kubernetes' ten minutes.
+pub(super) const PROGRESS_DEADLINE_SECONDS: i32 = 3600;
+
+/// What a process needs after its drain: closing connections (2.3 s at most), the last answers (1 s), and a node
+/// that is slow just then.
+const EXIT_SECONDS: i64 = 15;
+const LOST_NODE_SECONDS: i64 = 30;
+/// `nonroot` of the image.
+const USER: i64 = 65532;
+
+const PROBE_SECONDS: i32 = 2;
+/// A folder of hundreds of files on a slow network is opened before `/healthz` answers: 15 minutes.
+const START_FAILURES: i32 = 450;
+/// A process that hangs is restarted after a minute; one on a busy machine is not.
+const LIVENESS_SECONDS: i32 = 10;
+const LIVENESS_FAILURES: i32 = 6;
+const PROBE_TIMEOUT_SECONDS: i32 = 5;
+
+/// The process in a pod.
+pub(super) struct Process<'a> {
+    pub(super) component: Component,
+    pub(super) args: Vec<String>,
+    pub(super) ports: Vec<(&'static str, u16)>,
+    pub(super) env: Vec<EnvVar>,
+    pub(super) pod: &'a TierPod,
+    pub(super) accelerator: Option<&'a Accelerator>,
+    /// It is admitted by the coordinator.
+    pub(super) is_member: bool,
+    pub(super) spread: Vec<TopologySpreadConstraint>,
+    pub(super) volumes: Vec<(Volume, VolumeMount)>,
+}
+
+impl Blueprint<'_> {
+    /// Flags of every role.
+    pub(super) fn common_args(&self) -> Vec<String> {
+        let spec = self.facts.spec();
+        let flags = [
+            ("--model", checkpoint::place(self.source).folder),
+            ("--numerics", checkpoint::numerics(spec.model.numerics).to_owned()),
+            ("--admin", everywhere(port::ADMIN)),
+            ("--drain-timeout", spec.drain_seconds.to_string()),
+            ("--log-format", "json".to_owned()),
+        ];
+        flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect()
+    }
+
+    /// Flags of workers and shards.
+    pub(super) fn member_args(&self, listen: u16) -> Vec<String> {
+        let coordinator = format!("{}:{}", names::coordinator_service(self.facts.name()), port::COORDINATOR);
+        ["--coordinator".to_owned(), coordinator, "--listen".to_owned(), everywhere(listen)].to_vec()
+    }
+}
+
+/// On every interface.
+pub(super) fn everywhere(port: u16) -> String {
+    format!("0.0.0.0:{port}")
+}
+
+/// Who a member is, and where others reach it.
+pub(super) fn member_env(port: u16) -> Vec<EnvVar> {
+    vec![
+        field("CADRE_POD_NAME", "metadata.name"),
+        field("CADRE_POD_UID", "metadata.uid"),
+        field("CADRE_POD_IP", "status.podIP"),
+        value("CADRE_ADVERTISE", format!("$(CADRE_POD_IP):{port}")),
+    ]
+}
+
+/// A variable from the downward API.
+pub(super) fn field(name: &str, path: &str) -> EnvVar {
+    let field = ObjectFieldSelector { api_version: Some("v1".to_owned()), field_path: path.to_owned() };
+    let source = EnvVarSource { field_ref: Some(field), ..EnvVarSource::default() };
+    EnvVar { name: name.to_owned(), value_from: Some(source), ..EnvVar::default() }
+}
+
+fn value(name: &str, value: String) -> EnvVar {
+    EnvVar { name: name.to_owned(), value: Some(value), ..EnvVar::default() }
+}
+
+/// The template and its hash, which is also a label of it.
+pub(super) fn template(blueprint: &Blueprint<'_>, mut process: Process<'_>) -> (PodTemplateSpec, String) {
+    let facts = blueprint.facts;
+    let component = process.component;
+    process.volumes.splice(0..0, checkpoint::place(blueprint.source).volume);
+    let mut labels = meta::labels(facts.name(), Some(component));
+    labels.insert(label::CHECKPOINT.to_owned(), blueprint.checkpoint.clone());
+    let mut template = PodTemplateSpec {
+        metadata: Some(ObjectMeta { labels: Some(labels), ..ObjectMeta::default() }),
+        spec: Some(pod(blueprint, process)),
+    };
+    let hash = meta::hash(&serde_json::to_value(&template).unwrap_or_default());
+    if let Some(labels) = template.metadata.as_mut().and_then(|meta| meta.labels.as_mut()) {
+        labels.insert(label::TEMPLATE_HASH.to_owned(), hash.clone());
+    }
+    (template, hash)
+}
+
+fn pod(blueprint: &Blueprint<'_>, process: Process<'_>) -> PodSpec {
+    let spec = blueprint.facts.spec();
+    let gates = vec![PodReadinessGate { condition_type: ROUTABLE_GATE.to_owned() }];
+    let (volumes, mounts): (Vec<_>, Vec<_>) = process.volumes.iter().cloned().unzip();
+    PodSpec {
+        service_account_name: Some(process.component.object_name(blueprint.facts.name())),
+        automount_service_account_token: Some(false),
+        // Variables of Services would look like flags: CADRE_….
+        enable_service_links: Some(false),
+        image_pull_secrets: filled(spec.image_pull_secrets.clone()),
+        security_context: Some(PodSecurityContext {
+            run_as_non_root: Some(true),
+            run_as_user: Some(USER),
+            run_as_group: Some(USER),
+            seccomp_profile: Some(SeccompProfile {
+                type_: "RuntimeDefault".to_owned(),
+                localhost_profile: None,
+            }),
+            ..PodSecurityContext::default()
+        }),
+        termination_grace_period_seconds: Some(i64::from(spec.drain_seconds) + EXIT_SECONDS),
+        readiness_gates: process.is_member.then_some(gates),
+        priority_class_name: process.pod.priority_class_name.clone(),
+        node_selector: (!process.pod.node_selector.is_empty()).then(|| process.pod.node_selector.clone()),
+        tolerations: filled(tolerations(&process.pod.tolerations)),
+        topology_spread_constraints: filled(process.spread.clone()),
+        volumes: filled(volumes),
+        containers: vec![container(blueprint.image, process, mounts)],
+        ..PodSpec::default()
+    }
+}
+
+fn container(image: &str, process: Process<'_>, mounts: Vec<VolumeMount>) -> Container {
+    let mut env = vec![value("CADRE_TERMINATION_LOG", TERMINATION_LOG.to_owned())];
+    env.extend(process.env);
+    let mut ports = process.ports;
+    ports.push(("admin", port::ADMIN));
+    Container {
+        name: CONTAINER.to_owned(),
+        image: Some(image.to_owned()),
+        args: Some(process.args),
+        env: Some(env),
+        ports: Some(ports.into_iter().map(|(name, number)| container_port(name, number)).collect()),
+        resources: resources(process.pod, process.accelerator),
+        volume_mounts: filled(mounts),
+        startup_probe: Some(probe("/healthz", PROBE_SECONDS, START_FAILURES)),
+        liveness_probe: Some(probe("/healthz", LIVENESS_SECONDS, LIVENESS_FAILURES)),
+        readiness_probe: Some(probe("/readyz", PROBE_SECONDS, 2)),
+        termination_message_path: Some(TERMINATION_LOG.to_owned()),
+        // A process that could not write its message (it was killed, it panicked) still has last words.
+        termination_message_policy: Some("FallbackToLogsOnError".to_owned()),
+        security_context: Some(SecurityContext {
+            allow_privilege_escalation: Some(false),
+            read_only_root_filesystem: Some(true),
+            capabilities: Some(Capabilities { drop: Some(vec!["ALL".to_owned()]), add: None }),
+            ..SecurityContext::default()
+        }),
+        ..Container::default()
+    }
+}
+
+/// The kubelet mounts a file of its own here, writable for everybody.
+const TERMINATION_LOG: &str = "/dev/termination-log";
+
+fn container_port(name: &str, number: u16) -> ContainerPort {
+    ContainerPort {
+        name: Some(name.to_owned()),
+        container_port: number.into(),
+        protocol: Some("TCP".to_owned()),
+        ..ContainerPort::default()
+    }
+}
+
+fn probe(path: &str, period: i32, failures: i32) -> Probe {
+    Probe {
+        http_get: Some(HTTPGetAction {
+            path: Some(path.to_owned()),
+            port: IntOrString::String("admin".to_owned()),
+            ..HTTPGetAction::default()
+        }),
+        period_seconds: Some(period),
+        failure_threshold: Some(failures),
+        timeout_seconds: Some(PROBE_TIMEOUT_SECONDS),
+        ..Probe::default()
+    }
+}
+
+/// Accelerators stand in both: Kubernetes wants limits and requests of an extended resource to be the same.
+fn resources(pod: &TierPod, accelerator: Option<&Accelerator>) -> Option<ResourceRequirements> {
+    let with = |mut quantities: BTreeMap<String, Quantity>| {
+        if let Some(Accelerator { resource, count }) = accelerator {
+            quantities.insert(resource.clone(), Quantity(count.to_string()));
+        }
+        (!quantities.is_empty()).then_some(quantities)
+    };
+    let (requests, limits) = (with(pod.resources.requests.clone()), with(pod.resources.limits.clone()));
+    (requests.is_some() || limits.is_some()).then(|| ResourceRequirements {
+        requests,
+        limits,
+        ..ResourceRequirements::default()
+    })
+}
+
+/// The user's, and ours for lost nodes where the user says nothing about those.
+fn tolerations(given: &[Toleration]) -> Vec<Toleration> {
+    let given = given.iter().map(|toleration| Toleration {
+        key: stated(&toleration.key),
+        operator: stated(&toleration.operator),
+        value: stated(&toleration.value),
+        effect: stated(&toleration.effect),
+        toleration_seconds: toleration.toleration_seconds,
+    });
+    let mut tolerations: Vec<Toleration> = given.collect();
+    let all = tolerations.iter().any(|toleration| toleration.key.is_none() && covers_execution(toleration));
+    for key in ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"] {
+        let said = tolerations.iter().any(|said| said.key.as_deref() == Some(key) && covers_execution(said));
+        if !all && !said {
+            tolerations.push(Toleration {
+                key: Some(key.to_owned()),
+                operator: Some("Exists".to_owned()),
+                effect: Some("NoExecute".to_owned()),
+                toleration_seconds: Some(LOST_NODE_SECONDS),
+                value: None,
+            });
+        }
+    }
+    tolerations
+}
+
+fn covers_execution(toleration: &Toleration) -> bool {
+    toleration.effect.as_deref().is_none_or(|effect| effect == "NoExecute")
+}
+
+fn stated(text: &Option<String>) -> Option<String> {
+    text.clone().filter(|text| !text.is_empty())
+}
+
+fn filled<T>(list: Vec<T>) -> Option<Vec<T>> {
+    (!list.is_empty()).then_some(list)
+}

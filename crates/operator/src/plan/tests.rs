@@ -1,0 +1,10 @@
+//! Scenarios of the plan, each named by the behaviour that it shows.
+
+mod change;
+mod children;
+mod cluster;
+mod conditions;
+mod faults;
+mod ownership;
+mod property;
+pub(super) mod samples;
