@@ -85,12 +85,7 @@ pub(crate) fn run(task: &Task) -> Result<()> {
             Ok(())
         }
         Task::Status => interrupt::run(&mut cluster.script("status"), SCRIPT_LIMIT),
-        Task::FakeNodes { nodes } => {
-            if *nodes > 0 {
-                interrupt::run(cluster.script("build").arg("kwok"), BUILD_LIMIT)?;
-            }
-            interrupt::run(cluster.script("fake-nodes").arg(nodes.to_string()), SCRIPT_LIMIT)
-        }
+        Task::FakeNodes { nodes } => cluster.fake_nodes(*nodes),
     }
 }
 
@@ -149,9 +144,17 @@ impl Cluster {
         Ok(cache.join("bin").join(name))
     }
 
-    /// Builds one module, for a program of it.
+    /// Builds one module.
     pub(crate) fn build_only(&self, module: &str) -> Result<()> {
         interrupt::run(self.script("build").arg(module), BUILD_LIMIT)
+    }
+
+    /// Makes it have so many simulated nodes.
+    pub(crate) fn fake_nodes(&self, nodes: u32) -> Result<()> {
+        if nodes > 0 {
+            self.build_only("kwok")?;
+        }
+        interrupt::run(self.script("fake-nodes").arg(nodes.to_string()), SCRIPT_LIMIT)
     }
 
     /// Starts it and returns the kubeconfig's path.

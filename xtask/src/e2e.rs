@@ -34,6 +34,7 @@ use crate::{
     command, image, interrupt,
 };
 
+mod leftovers;
 mod preflight;
 
 /// The package of the tests.
@@ -198,8 +199,11 @@ impl Stage {
         }
     }
 
-    /// Takes a local cluster down, unless it is to be kept.
+    /// Takes a local cluster down, unless it is to be kept, and the operator out of a foreign one.
     pub(crate) fn finish(self) -> Result<()> {
+        if matches!(self.place, Place::Foreign(_)) {
+            return phase("the tests' operator removed", || leftovers::remove(&self));
+        }
         match self.place {
             Place::Local(running) => {
                 let name = running.cluster().name().to_owned();

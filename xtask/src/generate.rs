@@ -1,7 +1,8 @@
 //! Generated files: written by `cargo xtask generate`, checked in, compared by `--check`.
 //!
-//! The Rust of `proto/` and the two reference pages. The pages come out of the binary itself
-//! (`cadre reference`), so that they cannot tell of a flag or a metric that does not exist.
+//! The Rust of `proto/`; reference pages, parts of pages and chart files, which come out of the binary itself (`cadre
+//! reference`), so that they cannot tell of a flag, field, reason or right that does not exist; and the version where it
+//! stands in files that nothing can compute.
 
 use std::{fs, path::Path};
 
@@ -9,6 +10,9 @@ use anyhow::{Context, Result, ensure};
 use prost::Message;
 
 use crate::{command, metadata::Metadata};
+
+mod parts;
+mod versions;
 
 /// The proto files, relative to `proto/`.
 const PROTOS: [&str; 5] = [
@@ -19,15 +23,25 @@ const PROTOS: [&str; 5] = [
     "cadre/v1/coordinator.proto",
 ];
 
-/// The pages that `cadre reference` prints.
-const PAGES: [&str; 2] = ["cli", "metrics"];
+/// Files that `cadre reference` prints.
+const FILES: [(&str, &str); 5] = [
+    ("cli", "docs/cli.md"),
+    ("metrics", "docs/metrics.md"),
+    ("api", "docs/api.md"),
+    ("crds", "charts/cadre-crds/templates/crds.yaml"),
+    ("chart-rules", "charts/cadre/templates/_rules.tpl"),
+];
+
+/// Parts of pages that `cadre reference` prints, between marks of their names.
+const PARTS: [(&str, &str); 2] = [("conditions", "docs/operations.md"), ("rights", "docs/operations.md")];
 
 /// Writes or compares every generated file.
 pub(crate) fn run(check: bool) -> Result<()> {
     let scratch = Metadata::load()?.target_directory.join("xtask").join("generate");
     fs::create_dir_all(&scratch).with_context(|| format!("create {}", scratch.display()))?;
     proto(&scratch, check)?;
-    reference(&scratch, check)
+    versions::run(check)?;
+    reference(check)
 }
 
 fn proto(scratch: &Path, check: bool) -> Result<()> {
@@ -42,29 +56,39 @@ fn proto(scratch: &Path, check: bool) -> Result<()> {
         .context("generate Rust from proto/")?;
     let target = root.join("crates/proto/src/generated");
     for name in ["cadre.v1.rs", "cadre.v1.bin"] {
-        publish(&scratch.join(name), &target.join(name), check)?;
+        let from = scratch.join(name);
+        let new = fs::read(&from).with_context(|| format!("read {}", from.display()))?;
+        publish(&new, &target.join(name), check)?;
     }
     Ok(())
 }
 
-fn reference(scratch: &Path, check: bool) -> Result<()> {
+fn reference(check: bool) -> Result<()> {
     let root = command::root()?;
-    for page in PAGES {
-        let mut cadre = command::cargo();
-        // The same unit graph as `cargo xtask test` builds, so that nothing is compiled twice.
-        cadre.args(["run", "--quiet", "--package", "cadre", "--bin", "cadre", "--", "reference", page]);
-        let text = command::capture(&mut cadre)?;
-        let file = format!("{page}.md");
-        fs::write(scratch.join(&file), text)?;
-        publish(&scratch.join(&file), &root.join("docs").join(&file), check)?;
+    for (name, file) in FILES {
+        publish(&printed(name)?, &root.join(file), check)?;
+    }
+    for (name, file) in PARTS {
+        let part = String::from_utf8(printed(name)?).with_context(|| format!("cadre reference {name}"))?;
+        let path = root.join(file);
+        let page = fs::read_to_string(&path).with_context(|| format!("read {file}"))?;
+        let page = parts::replace(&page, name, &part).with_context(|| file.to_owned())?;
+        publish(page.as_bytes(), &path, check)?;
     }
     Ok(())
 }
 
-fn publish(from: &Path, to: &Path, check: bool) -> Result<()> {
-    let new = fs::read(from).with_context(|| format!("read {}", from.display()))?;
-    let unchanged = fs::read(to).is_ok_and(|old| old == new);
-    if unchanged {
+/// What `cadre reference NAME` prints.
+fn printed(name: &str) -> Result<Vec<u8>> {
+    let mut cadre = command::cargo();
+    // The same unit graph as `cargo xtask test` builds, so that nothing is compiled twice.
+    cadre.args(["run", "--quiet", "--package", "cadre", "--bin", "cadre", "--", "reference", name]);
+    command::capture(&mut cadre)
+}
+
+/// Writes a file if it changes, or fails if it would.
+fn publish(new: &[u8], to: &Path, check: bool) -> Result<()> {
+    if fs::read(to).is_ok_and(|old| old == new) {
         return Ok(());
     }
     ensure!(!check, "{} is out of date: run `cargo xtask generate` and commit it", to.display());

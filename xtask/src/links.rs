@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, Result};
 
 /// Folders that hold pages or sources of ours.
-const FOLDERS: [&str; 5] = ["crates", "docs", "proto", "tests/e2e", "tests/cluster"];
+const FOLDERS: [&str; 6] = ["crates", "docs", "proto", "tests/e2e", "tests/e2e-k8s", "tests/cluster"];
 
 /// One line per reference to a page that does not exist.
 pub(crate) fn dead(root: &Path) -> Result<Vec<String>> {

@@ -12,10 +12,12 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
+mod bench_operator;
 mod ci;
 mod cluster;
 mod command;
 mod e2e;
+mod figures;
 mod generate;
 mod image;
 mod interrupt;
@@ -38,7 +40,8 @@ enum Task {
     /// Checks the crate graph against the layers of ARCHITECTURE.md, that every source file is declared, and
     /// that every page referred to exists.
     Layers,
-    /// Writes the generated files (proto code, docs/cli.md, docs/metrics.md); --check only compares them.
+    /// Writes the generated files (proto code, reference pages, definitions and rules of the charts, versions); --check
+    /// only compares them.
     Generate {
         /// Fail instead of writing if a file would change.
         #[arg(long)]
@@ -59,6 +62,14 @@ enum Task {
         #[arg(long)]
         keep: bool,
     },
+    /// Measures the operator with many pods, on a control plane of its own with simulated nodes.
+    BenchOperator {
+        /// Measure this `cadre` instead of building one in release mode.
+        #[arg(long)]
+        binary: Option<PathBuf>,
+    },
+    /// Puts what the last runs of e2e and bench-operator measured into docs/kubernetes-figures.md.
+    Figures,
     /// Starts and ends a real Kubernetes on this machine.
     #[command(subcommand)]
     Cluster(cluster::Task),
@@ -81,6 +92,8 @@ fn main() -> ExitCode {
         Task::Generate { check } => generate::run(check),
         Task::Test { only } => suites::run(only.as_deref()),
         Task::E2e { only, keep } => suites::run_e2e(only.as_deref(), keep),
+        Task::BenchOperator { binary } => bench_operator::run(binary),
+        Task::Figures => figures::run(),
         Task::Cluster(task) => cluster::run(&task),
         Task::Image { out, binary } => image::run(out.as_deref(), binary.as_deref()),
         Task::Ci => ci::run(),

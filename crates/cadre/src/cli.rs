@@ -8,6 +8,7 @@ use crate::{
     bench::{self, BenchArgs},
     chat::{self, ChatArgs},
     inspect::{self, InspectArgs},
+    probe::{self, ProbeArgs},
     reference::{self, ReferenceArgs},
     roles::{self, ExpertArgs, OperatorArgs, RouterArgs, WorkerArgs},
     runtime::block_on,
@@ -36,6 +37,7 @@ enum Command {
     Worker(Box<WorkerArgs>),
     Expert(Box<ExpertArgs>),
     Operator(Box<OperatorArgs>),
+    Probe(ProbeArgs),
     #[command(hide = true)]
     Reference(ReferenceArgs),
 }
@@ -54,6 +56,7 @@ impl Cli {
             Command::Worker(args) => block_on(roles::worker(*args)),
             Command::Expert(args) => block_on(roles::expert(*args)),
             Command::Operator(args) => block_on(roles::operator(*args)),
+            Command::Probe(args) => block_on(probe::run(args)),
             Command::Reference(args) => reference::run(&args),
         }
     }

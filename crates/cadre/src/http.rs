@@ -1,4 +1,4 @@
-//! GET of one admin page on loopback: all that `up` needs of HTTP.
+//! GET of one page over plain HTTP: all that `up` and `probe` need of it.
 
 use std::time::Duration;
 
@@ -11,11 +11,16 @@ use tokio::{net::TcpStream, time::timeout};
 /// An admin server answers from memory; one that does not within this is not well.
 const LIMIT: Duration = Duration::from_secs(2);
 
-/// Status and body of `GET http://address/path`.
+/// Status and body of `GET http://address/path` of an admin server on loopback.
 pub(crate) async fn get(address: &str, path: &str) -> Result<(StatusCode, String)> {
-    timeout(LIMIT, get_unbounded(address, path))
+    get_within(LIMIT, address, path).await
+}
+
+/// Status and body of `GET http://address/path`, connecting and reading within `limit`.
+pub(crate) async fn get_within(limit: Duration, address: &str, path: &str) -> Result<(StatusCode, String)> {
+    timeout(limit, get_unbounded(address, path))
         .await
-        .with_context(|| format!("no answer from {address} within {} s", LIMIT.as_secs()))?
+        .with_context(|| format!("no answer from {address} within {} s", limit.as_secs_f64()))?
         .with_context(|| format!("GET http://{address}{path}"))
 }
 

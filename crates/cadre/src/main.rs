@@ -1,4 +1,4 @@
-//! The cadre binary: every role, `up`, `chat`, `inspect`, `synth`, `bench`.
+//! The cadre binary: every role, `up`, `chat`, `inspect`, `synth`, `bench`, `soak`, `probe`.
 //!
 //! Configuration enters here, as flags, and nowhere else: nothing below reads the environment.
 
@@ -13,6 +13,7 @@ mod client;
 mod http;
 mod inspect;
 mod output;
+mod probe;
 mod progress;
 mod reference;
 mod roles;

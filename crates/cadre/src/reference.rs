@@ -1,14 +1,17 @@
-//! `cadre reference`: the pages docs/cli.md and docs/metrics.md, from the program itself.
+//! `cadre reference`: pages and chart files that come from the program itself; `cargo xtask generate` keeps them.
 
 use std::{fmt::Write, io};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use cadre_k8s_api::reference;
 use cadre_telemetry::{MetricSpec, metrics::markdown_table};
 use clap::{Args, Command, CommandFactory, ValueEnum};
 
 use crate::cli::Cli;
 
-/// Prints a reference page in Markdown.
+mod rights;
+
+/// Prints a reference page, or a part of one.
 #[derive(Args, Debug)]
 pub(crate) struct ReferenceArgs {
     /// Which page.
@@ -21,6 +24,16 @@ enum Page {
     Cli,
     /// Every metric of every role.
     Metrics,
+    /// Every field of MoEModel and MoETier.
+    Api,
+    /// The CustomResourceDefinitions as YAML.
+    Crds,
+    /// Conditions and reasons: two tables.
+    Conditions,
+    /// What the operator may do: a table.
+    Rights,
+    /// What the operator may do: rules for the chart.
+    ChartRules,
 }
 
 /// Runs the command.
@@ -28,6 +41,11 @@ pub(crate) fn run(args: &ReferenceArgs) -> Result<()> {
     let page = match args.page {
         Page::Cli => cli_page()?,
         Page::Metrics => metrics_page()?,
+        Page::Api => format!("# API\n\n{GENERATED}\n{}", reference::api_page()),
+        Page::Crds => reference::definitions().context("write the definitions as YAML")?,
+        Page::Conditions => reference::conditions_tables(),
+        Page::Rights => rights::table(),
+        Page::ChartRules => rights::chart_rules(),
     };
     io::Write::write_all(&mut io::stdout(), page.as_bytes())?;
     Ok(())

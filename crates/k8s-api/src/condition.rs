@@ -13,7 +13,7 @@ pub enum ConditionType {
     Degraded,
     /// Every expert of every layer has a routable copy; false or at risk names the first that has not.
     ExpertsCovered,
-    /// A tier gets fewer pods than asked for, because of the budget or the number of slots.
+    /// A tier gets another number of pods than asked for, because of the budget or the number of slots.
     ScalingLimited,
 }
 
@@ -36,7 +36,7 @@ impl ConditionType {
                 "Every expert of every layer has as many routable copies as the spec asks for. False names the first that has none or too few."
             }
             Self::ScalingLimited => {
-                "A tier gets fewer pods than asked for, because of the budget or of the number of slots."
+                "A tier gets another number of pods than asked for, because of the budget or of the number of slots."
             }
         }
     }
@@ -165,8 +165,8 @@ reasons! {
     fix: "Raise the budget or scale another tier down.", BudgetExceeded;
     /// The slots do not divide evenly among the wanted shards.
     fix: "Choose a number of shards that divides routedExperts + redundantSlots.", SlotsNotDivisible;
-    /// Fewer shards than `minCopies` cannot hold copies apart.
-    fix: "Scale the experts to at least `minCopies` shards.", TooFewShards;
+    /// The shards asked for are too few for the copies: a shard holds an expert once.
+    fix: "Scale the experts to at least the number in the message.", TooFewShards;
     /// Nothing limits the tiers.
     fix: "Nothing to do.", NotLimited;
 }

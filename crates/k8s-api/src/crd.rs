@@ -1,7 +1,8 @@
 //! The CustomResourceDefinitions as they are installed.
 //!
-//! What the derive makes, with two things taken back. `nullable`: a field without a value is left out, and null
-//! would be a third state that no rule expects. Paragraph breaks in descriptions: `kubectl explain` reflows them.
+//! What the derive makes, with three things changed. `nullable` goes: a field without a value is left out, and null
+//! would be a third state that no rule expects. Paragraph breaks in descriptions go: `kubectl explain` reflows them. And
+//! the kind gets the description of its spec: the derive has none of its own for it.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt;
@@ -29,6 +30,7 @@ fn plain(mut crd: CustomResourceDefinition) -> CustomResourceDefinition {
         let Some(schema) = version.schema.as_mut() else { continue };
         let mut value = serde_json::to_value(&schema.open_api_v3_schema).expect("a schema is JSON");
         simplify(&mut value);
+        value["description"] = value["properties"]["spec"]["description"].clone();
         // The value came out of the same type: it fits.
         schema.open_api_v3_schema = serde_json::from_value(value).expect("a schema without null is a schema");
     }

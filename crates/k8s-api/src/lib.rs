@@ -17,6 +17,7 @@ pub mod manifest;
 pub mod model;
 pub mod names;
 pub mod quantity;
+pub mod reference;
 mod rules;
 mod schema;
 pub mod status;

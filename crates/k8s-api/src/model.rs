@@ -84,7 +84,7 @@ pub struct MoEModelSpec {
     /// What all tiers together may use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<BudgetSpec>,
-    /// How long a pod that goes away may take to finish or hand over its sequences.
+    /// How long a pod that goes away may take to finish its sequences.
     #[serde(default = "default_drain_seconds")]
     #[schemars(range(min = 0, max = 3600))]
     pub drain_seconds: i32,
@@ -200,7 +200,7 @@ pub struct RouterSpec {
 #[serde(rename_all = "camelCase")]
 pub struct WorkerTierSpec {
     /// Pods. The tier's MoETier may be scaled away from it; a change here takes over again. With 0 decode
-    /// workers the model is paused: requests are refused by name.
+    /// workers the model is paused: it is not Ready and takes no requests.
     #[schemars(range(min = 0, max = 1024))]
     pub replicas: i32,
     /// Latent KV cache of each pod.

@@ -72,6 +72,16 @@ fn every_field_is_described_and_never_null() {
 }
 
 #[test]
+fn the_kinds_say_what_they_are() {
+    let told =
+        all().iter().map(|crd| schema(crd)["description"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
+    assert!(
+        told[0].starts_with("A mixture-of-experts model") && told[1].starts_with("One tier of a MoEModel"),
+        "{told:?}"
+    );
+}
+
+#[test]
 fn defaults_are_in_the_schema() {
     let schema = schema(&all()[0]);
     let at = |path: &str| schema.pointer(&format!("/properties/spec/properties/{path}/default")).cloned();

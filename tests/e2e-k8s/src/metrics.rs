@@ -1,0 +1,69 @@
+//! Metrics of a process, read once.
+
+/// Text in Prometheus' format.
+#[derive(Clone, Debug)]
+pub struct Metrics(String);
+
+impl Metrics {
+    /// What a `/metrics` said.
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+
+    /// Every series of a metric: its labels as written, and its value.
+    pub fn series<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'a str, f64)> {
+        self.0.lines().filter_map(move |line| {
+            let rest = line.strip_prefix(name)?;
+            let (labels, value) = rest.rsplit_once(' ')?;
+            let value = value.parse().ok()?;
+            (labels.is_empty() || labels.starts_with('{')).then_some((labels, value))
+        })
+    }
+
+    /// Sum over the series whose labels contain all of `labels` (`state="running"`); 0 if there is none, because a
+    /// family has no series before its first event.
+    pub fn sum(&self, name: &str, labels: &[&str]) -> f64 {
+        let fits = |written: &str| labels.iter().all(|label| written.contains(label));
+        self.series(name).filter(|(written, _)| fits(written)).map(|(_, value)| value).sum()
+    }
+
+    /// Requests of the operator that write something; the lease is renewed whatever happens.
+    pub fn operator_writes(&self) -> f64 {
+        let writes = ["create", "apply", "patch", "update", "delete"].map(|verb| format!("verb=\"{verb}\""));
+        self.series("cadre_operator_api_requests_total")
+            .filter(|(labels, _)| writes.iter().any(|verb| labels.contains(verb)))
+            .filter(|(labels, _)| !labels.contains("kind=\"leases\""))
+            .map(|(_, value)| value)
+            .sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metrics() -> Metrics {
+        Metrics::new(
+            "# TYPE cadre_a_total counter\n\
+             cadre_a_total{shard=\"0\",kind=\"x\"} 3\ncadre_a_total{shard=\"1\",kind=\"x\"} 4\n\
+             cadre_a_total_more{shard=\"0\"} 100\ncadre_b 2.5\n\
+             cadre_operator_api_requests_total{verb=\"patch\",kind=\"pods\",code=\"200\"} 5\n\
+             cadre_operator_api_requests_total{verb=\"update\",kind=\"leases\",code=\"200\"} 50\n\
+             cadre_operator_api_requests_total{verb=\"watch\",kind=\"pods\",code=\"200\"} 500\n"
+                .into(),
+        )
+    }
+
+    #[test]
+    fn sums_the_series_that_fit() {
+        assert_eq!(metrics().sum("cadre_a_total", &[]), 7.0);
+        assert_eq!(metrics().sum("cadre_a_total", &["shard=\"1\"", "kind=\"x\""]), 4.0);
+        assert_eq!(metrics().sum("cadre_b", &[]), 2.5);
+        assert_eq!(metrics().sum("cadre_c", &[]), 0.0);
+    }
+
+    #[test]
+    fn a_lease_is_no_write() {
+        assert_eq!(metrics().operator_writes(), 5.0);
+    }
+}
