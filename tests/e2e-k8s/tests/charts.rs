@@ -90,12 +90,18 @@ fn pods(objects: &[Value]) -> Vec<&Value> {
 
 #[test]
 fn lint_finds_nothing() {
-    let mut cases: Vec<(&str, Vec<PathBuf>)> = GOLDEN.iter().map(|name| ("cadre", vec![values_of(name)])).collect();
+    let mut cases: Vec<(&str, Vec<PathBuf>)> =
+        GOLDEN.iter().map(|name| ("cadre", vec![values_of(name)])).collect();
     cases.push(("cadre-crds", Vec::new()));
     for (name, files) in cases {
         let folder = chart(name).display().to_string();
         let output = helm(&["lint", "--strict", &folder], &files);
-        assert!(output.status.success(), "{name} {files:?}: {}{}", text(&output.stdout), text(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{name} {files:?}: {}{}",
+            text(&output.stdout),
+            text(&output.stderr)
+        );
     }
 }
 
@@ -108,7 +114,8 @@ fn renders_are_the_golden_ones() {
         if update {
             fs::write(&file, &now).unwrap_or_else(|error| panic!("write {}: {error}", file.display()));
         }
-        let known = fs::read_to_string(&file).unwrap_or_else(|error| panic!("read {}: {error}", file.display()));
+        let known =
+            fs::read_to_string(&file).unwrap_or_else(|error| panic!("read {}: {error}", file.display()));
         let differs = known.lines().zip(now.lines()).enumerate().find(|(_, (known, now))| known != now);
         assert!(
             known == now,
@@ -131,7 +138,10 @@ fn the_default_image_is_the_one_that_xtask_makes() {
 fn environment(objects: &[Value], name: &str) -> Value {
     let container = &only(objects, "Deployment")["spec"]["template"]["spec"]["containers"][0];
     let all = container["env"].as_array().expect("variables");
-    all.iter().find(|variable| variable["name"] == name).map(|variable| variable["value"].clone()).unwrap_or_default()
+    all.iter()
+        .find(|variable| variable["name"] == name)
+        .map(|variable| variable["value"].clone())
+        .unwrap_or_default()
 }
 
 #[test]
@@ -143,7 +153,10 @@ fn tag_and_digest_and_the_image_of_models() {
         (vec!["image.tag=2"], format!("{repository}:2")),
         (vec![with_digest.as_str()], format!("{repository}@{digest}")),
         (vec!["image.tag=2", &with_digest], format!("{repository}:2@{digest}")),
-        (vec!["image.repository=localhost:5000/cadre"], format!("localhost:5000/cadre:{}", IMAGE.rsplit_once(':').expect("a tag").1)),
+        (
+            vec!["image.repository=localhost:5000/cadre"],
+            format!("localhost:5000/cadre:{}", IMAGE.rsplit_once(':').expect("a tag").1),
+        ),
     ] {
         let objects = operator(&set);
         for pod in pods(&objects) {
@@ -172,14 +185,16 @@ fn namespace(object: &Value) -> &str {
 
 /// Roles with their scopes; the two for users, which only add to Kubernetes' own roles, apart.
 fn assert_rights(objects: &[Value], cluster: &[Scope], watched: &[&str]) {
-    let (users, ours): (Vec<&Value>, Vec<&Value>) = of_kind(objects, "ClusterRole")
-        .into_iter()
-        .partition(|role| role["metadata"]["labels"]["rbac.authorization.k8s.io/aggregate-to-admin"] == "true");
+    let (users, ours): (Vec<&Value>, Vec<&Value>) =
+        of_kind(objects, "ClusterRole").into_iter().partition(|role| {
+            role["metadata"]["labels"]["rbac.authorization.k8s.io/aggregate-to-admin"] == "true"
+        });
     assert_eq!((ours.len(), users.len()), (1, 2));
     assert_eq!(rules(ours[0]), rules_of(cluster));
     let mut expected: BTreeMap<(&str, &str), BTreeSet<String>> =
         BTreeMap::from([((NAMESPACE, "cadre-operator"), rules_of(&[Scope::Own]))]);
-    expected.extend(watched.iter().map(|name| ((*name, "cadre-operator-models"), rules_of(&[Scope::Watched]))));
+    expected
+        .extend(watched.iter().map(|name| ((*name, "cadre-operator-models"), rules_of(&[Scope::Watched]))));
     let roles = of_kind(objects, "Role").into_iter();
     let found: BTreeMap<(&str, &str), BTreeSet<String>> = roles
         .map(|role| ((namespace(role), role["metadata"]["name"].as_str().expect("a name")), rules(role)))
@@ -226,7 +241,11 @@ fn every_pod_is_restricted() {
                 assert!(container["resources"]["limits"]["memory"].is_string(), "{name}");
             }
         }
-        assert_eq!(pods(&objects)[1]["automountServiceAccountToken"], false, "{name}: the test needs no rights");
+        assert_eq!(
+            pods(&objects)[1]["automountServiceAccountToken"],
+            false,
+            "{name}: the test needs no rights"
+        );
     }
 }
 
@@ -237,14 +256,22 @@ fn the_program_knows_every_flag() {
         let objects = golden(name);
         for pod in pods(&objects) {
             let container = &pod["containers"][0];
-            let args: Vec<&str> = container["args"].as_array().expect("arguments").iter().filter_map(Value::as_str).collect();
+            let args: Vec<&str> =
+                container["args"].as_array().expect("arguments").iter().filter_map(Value::as_str).collect();
             let help = Command::new(cadre()).args([args[0], "--help"]).output().expect("cadre starts");
             let help = text(&help.stdout).split_whitespace().collect::<Vec<_>>().join(" ");
-            let flags = args.iter().filter(|arg| arg.starts_with("--")).map(|arg| arg.split('=').next().unwrap_or(arg));
+            let flags = args
+                .iter()
+                .filter(|arg| arg.starts_with("--"))
+                .map(|arg| arg.split('=').next().unwrap_or(arg));
             for flag in flags {
                 assert!(help.contains(&format!("{flag} ")), "{} {flag}: {help}", args[0]);
             }
-            let variables = container["env"].as_array().into_iter().flatten().filter_map(|variable| variable["name"].as_str());
+            let variables = container["env"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(|variable| variable["name"].as_str());
             for variable in variables.filter(|name| name.starts_with("CADRE_")) {
                 assert!(help.contains(&format!("[env: {variable}=")), "{} {variable}: {help}", args[0]);
             }
@@ -327,18 +354,28 @@ fn every_value_is_documented() {
     let values: Value = serde_saphyr::from_str(&text).expect("YAML");
     let schema = schema("cadre");
     let keys = |value: &Value| -> BTreeSet<String> {
-        value.as_object().into_iter().flatten().map(|(key, _)| key.clone()).filter(|key| key != "global").collect()
+        value
+            .as_object()
+            .into_iter()
+            .flatten()
+            .map(|(key, _)| key.clone())
+            .filter(|key| key != "global")
+            .collect()
     };
     assert_eq!(keys(&values), keys(&schema["properties"]));
     for (key, value) in values.as_object().expect("a map") {
         let node = &schema["properties"][key];
-        for (inner, value) in value.as_object().into_iter().flatten().filter(|_| node["properties"].is_object()) {
+        for (inner, value) in
+            value.as_object().into_iter().flatten().filter(|_| node["properties"].is_object())
+        {
             assert!(node["properties"][inner].is_object(), "{key}.{inner}");
             let node = &node["properties"][inner];
-            let definition = node["$ref"].as_str().and_then(|path| schema.pointer(path.trim_start_matches('#')));
+            let definition =
+                node["$ref"].as_str().and_then(|path| schema.pointer(path.trim_start_matches('#')));
             let node = definition.unwrap_or(node);
             if let Some(properties) = node["properties"].as_object() {
-                let missing: Vec<&String> = properties.keys().filter(|name| value.get(name.as_str()).is_none()).collect();
+                let missing: Vec<&String> =
+                    properties.keys().filter(|name| value.get(name.as_str()).is_none()).collect();
                 assert!(missing.is_empty(), "{key}.{inner}: {missing:?}");
             }
         }
@@ -383,11 +420,18 @@ fn selectors_fit_the_operator_and_only_it() {
     ];
     for selector in selectors {
         let fits = |labels: &Value| {
-            selector.as_object().expect("a selector").iter().all(|(key, value)| labels.get(key) == Some(value))
+            selector
+                .as_object()
+                .expect("a selector")
+                .iter()
+                .all(|(key, value)| labels.get(key) == Some(value))
         };
         assert!(fits(labels) && !fits(test), "{selector}");
     }
-    assert!(of_kind(&operator(&[]), "PodDisruptionBudget").is_empty(), "one pod with a budget is a node that cannot drain");
+    assert!(
+        of_kind(&operator(&[]), "PodDisruptionBudget").is_empty(),
+        "one pod with a budget is a node that cannot drain"
+    );
 }
 
 #[test]

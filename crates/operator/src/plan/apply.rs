@@ -4,6 +4,10 @@
 //! before and do not any more (the hash of what was applied). Fields of others (defaults, autoscalers' own,
 //! labels of tools) do not count. An object of our name that another one controls, or that nobody made for us, is
 //! never touched; one that lost its owner (`kubectl delete --cascade=orphan`) and carries our labels is taken back.
+//!
+//! **Another checkpoint** begins with the router. Its old pod drains with the old workers and shards, and while it
+//! does it refuses new ones, whose processes would end and be restarted later and later. So the other workloads are
+//! left as they are until it is gone.
 
 use std::collections::BTreeSet;
 
@@ -15,7 +19,9 @@ use serde_json::Value;
 use super::{
     Action, ObjectKind,
     children::{Child, Rendered},
+    component::Component,
     facts::{Facts, controller},
+    pods::OurPod,
 };
 
 mod covers;
@@ -31,6 +37,8 @@ pub(super) struct Applied {
     pub(super) taken: Vec<(ObjectKind, String, String)>,
     /// Children of a deleted model of the same name; the garbage collector is at them.
     pub(super) leaving: Vec<(ObjectKind, String)>,
+    /// Workers and shards wait for a router of another checkpoint to be gone.
+    pub(super) waits_for_router: bool,
     changed: BTreeSet<(ObjectKind, String)>,
 }
 
@@ -51,13 +59,16 @@ enum Owner {
 
 /// Compares every child.
 pub(super) fn compare(facts: &Facts<'_>, rendered: &Rendered) -> Applied {
-    let mut applied = Applied::default();
+    let other = |pod: &OurPod<'_>| rendered.is_of_another_checkpoint(pod);
+    let waits_for_router = rendered.faults.is_empty() && facts.pods_of(Component::Router).any(other);
+    let mut applied = Applied { waits_for_router, ..Applied::default() };
     for child in &rendered.children {
         let live = find(facts, child.kind, &child.name);
         match &live {
             None => applied.write(child, None, "it does not exist".to_owned()),
             Some(live) => match owner(facts, live.meta) {
                 Owner::Us if live.meta.deletion_timestamp.is_some() => {}
+                Owner::Us if waits_for_router && is_of_members(facts, child) => {}
                 Owner::Us => {
                     if let Some(why) = outdated(child, live) {
                         applied.write(child, Some(live), why);
@@ -83,6 +94,12 @@ impl Applied {
             .and_then(|live| live.meta.resource_version.clone());
         self.actions.push(Action::Apply { object: Box::new(object), why });
     }
+}
+
+/// A workload of workers or shards.
+fn is_of_members(facts: &Facts<'_>, child: &Child) -> bool {
+    let router = Component::Router.object_name(facts.name());
+    matches!(child.kind, ObjectKind::Deployment | ObjectKind::StatefulSet) && child.name != router
 }
 
 /// Writes that take something away, or that carry a number of somebody else's, fail on a stale observation.

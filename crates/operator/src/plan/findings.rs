@@ -95,7 +95,7 @@ pub(super) fn findings(
     let mut findings = Vec::new();
     children(facts, rendered, applied, &mut findings);
     findings.extend(claim(facts));
-    findings.extend(Component::ALL.into_iter().filter_map(|component| refused(facts, component)));
+    findings.extend(Component::ALL.into_iter().filter_map(|component| refused(facts, rendered, component)));
     for component in Component::ALL {
         let wanted = wanted(wants, component);
         let short = facts.active(component).filter(|pod| is_up(pod)).count() < wanted;
@@ -182,15 +182,16 @@ fn waits_for_node(facts: &Facts<'_>, pod: &OurPod<'_>) -> bool {
 }
 
 /// A workload that may not make its pods.
-fn refused(facts: &Facts<'_>, component: Component) -> Option<Finding> {
+fn refused(facts: &Facts<'_>, rendered: &Rendered, component: Component) -> Option<Finding> {
     let workload = component.object_name(facts.name());
     let deployment = facts.deployment(component);
     let replicas = match component {
         Component::Tier(Tier::Experts) => facts.stateful_set()?.spec.as_ref()?.replicas?,
         _ => deployment?.spec.as_ref()?.replicas?,
     };
-    // What was refused earlier and has been made since is no news.
-    if facts.active(component).count() >= usize::try_from(replicas).unwrap_or(0) {
+    // What was refused earlier and has been made since is no news; pods of an old template are none of those.
+    let made = facts.active(component).filter(|pod| !rendered.is_outdated(pod)).count();
+    if made >= usize::try_from(replicas).unwrap_or(0) {
         return None;
     }
     let heard = facts.observed().refused_pods.get(&workload).cloned();

@@ -1,6 +1,7 @@
 //! Which pods the plan takes away: shards of an old template (ADR 10), and pods of nodes that do not answer.
 //!
-//! **Another checkpoint, or other numerics**: all old shards at once; old and new refuse each other anyway.
+//! **Another checkpoint, or other numerics**: all old shards at once, when the old router has drained; old and new
+//! refuse each other anyway.
 //!
 //! **Otherwise** an old shard that serves goes only if no expert loses its last copy by that: every shard of the
 //! layout in force is routable, no other is on its way out or up, no layout is on its way, and the layout keeps
@@ -65,7 +66,8 @@ pub(super) fn victims(
 fn outdated(facts: &Facts<'_>, rendered: &Rendered, applied: &Applied) -> (Vec<Victim>, Option<String>) {
     let old: Vec<&OurPod<'_>> = facts.active(EXPERTS).filter(|pod| rendered.is_outdated(pod)).collect();
     if old.is_empty() || !is_template_current(facts, applied) {
-        return (Vec::new(), None);
+        let router = "the router of the old checkpoint drains first".to_owned();
+        return (Vec::new(), applied.waits_for_router.then_some(router));
     }
     let (other, same): (Vec<&OurPod<'_>>, Vec<&OurPod<'_>>) =
         old.into_iter().partition(|pod| rendered.is_of_another_checkpoint(pod));
@@ -95,7 +97,8 @@ fn outdated(facts: &Facts<'_>, rendered: &Rendered, applied: &Applied) -> (Vec<V
 fn is_template_current(facts: &Facts<'_>, applied: &Applied) -> bool {
     let Some(set) = facts.stateful_set() else { return false };
     let seen = set.status.as_ref().and_then(|status| status.observed_generation);
-    !applied.changes(ObjectKind::StatefulSet, &EXPERTS.object_name(facts.name()))
+    !applied.waits_for_router
+        && !applied.changes(ObjectKind::StatefulSet, &EXPERTS.object_name(facts.name()))
         && set.metadata.deletion_timestamp.is_none()
         && seen >= set.metadata.generation
 }

@@ -166,11 +166,16 @@ impl Judged<'_, '_> {
         format!("{}: {routable} of {desired} pods {what}{exist}", component.label())
     }
 
-    /// The model has not been up since it was made, as far as its status remembers.
+    /// The model has not been up since it was made, as far as its status remembers: no placement was ever in
+    /// force, or nothing has gone wrong since.
     fn is_starting(&self) -> bool {
         let ready = self.facts.condition(ConditionType::Ready.name());
         let starting = [Reason::Starting, Reason::LoadingWeights].map(Reason::name);
-        ready.is_none_or(|ready| ready.status != "True" && starting.contains(&ready.reason.as_str()))
+        let placed =
+            self.facts.model().status.as_ref().is_some_and(|status| status.placement_epoch.is_some());
+        ready.is_none_or(|ready| {
+            ready.status != "True" && (!placed || starting.contains(&ready.reason.as_str()))
+        })
     }
 
     /// Weights read by the shards. Whole percents only: a model that loads is written a hundred times and not

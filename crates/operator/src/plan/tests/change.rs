@@ -179,7 +179,7 @@ fn a_new_image_replaces_one_shard_at_a_time_after_router_and_workers() {
     let mut cluster = Cluster::settled(samples::pocket());
     update(&mut cluster);
     let plans = cluster.until("the update", |cluster| {
-        let templates: BTreeSet<String> = cluster.seen.pods.iter().map(|pod| pod_image(pod)).collect();
+        let templates: BTreeSet<String> = cluster.seen.pods.iter().map(pod_image).collect();
         templates == BTreeSet::from([NEW_IMAGE.to_owned()]) && cluster.pods("experts").len() == 4
     });
     let order: Vec<String> = (0..4).rev().map(|shard| format!("pocket-experts-{shard}")).collect();
@@ -210,6 +210,36 @@ fn no_shard_goes_while_another_is_missing() {
 }
 
 #[test]
+fn with_one_copy_of_each_expert_shards_are_still_replaced_one_at_a_time() {
+    let mut model = samples::pocket();
+    (model.spec.experts.min_copies, model.spec.experts.redundant_slots) = (1, 0);
+    let mut cluster = Cluster::settled(model);
+    update(&mut cluster);
+    let plans = cluster.until("the update", |cluster| {
+        assert!(cluster.pods("experts").len() >= 3, "more than one shard is away");
+        cluster.seen.pods.iter().all(|pod| pod_image(pod) == NEW_IMAGE)
+    });
+    assert!(deletions(&plans).iter().all(|names| names.len() == 1));
+    assert_eq!(deletions(&plans).len(), 4);
+    cluster.settle();
+}
+
+#[test]
+fn a_router_of_a_silent_node_is_removed_when_another_one_runs() {
+    let mut cluster = Cluster::settled(samples::pocket());
+    let lost = cluster.pods("router")[0].clone();
+    let node = cluster.pod(&lost).spec.as_ref().unwrap().node_name.clone().unwrap();
+    cluster.seen.nodes.get_mut(&node).unwrap().ready = false;
+    cluster.kill(&lost);
+    cluster.until("the lost router to be removed", |cluster| {
+        cluster.seen.pods.iter().all(|pod| name(&pod.metadata) != lost)
+    });
+    assert_eq!(cluster.pods("router").len(), 1);
+    cluster.settle();
+    assert_eq!(cluster.verdict("Ready"), "True AsSpecified");
+}
+
+#[test]
 fn a_victim_is_withdrawn_in_the_plan_that_deletes_it() {
     let mut cluster = Cluster::settled(samples::pocket());
     update(&mut cluster);
@@ -225,10 +255,22 @@ fn a_victim_is_withdrawn_in_the_plan_that_deletes_it() {
 }
 
 #[test]
-fn another_checkpoint_replaces_all_shards_at_once() {
+fn another_checkpoint_replaces_all_shards_at_once_when_the_old_router_is_gone() {
     let mut cluster = Cluster::settled(samples::pocket());
+    let old = template_of(cluster.first("router"));
+    let worker = template_of(cluster.first("decode"));
     cluster.edit(|model| model.spec.model.numerics = Numerics::F32);
-    let plans = cluster.until("all shards", |cluster| cluster.plan().actions.len() == 4);
+    cluster.until("the old router to be gone", |cluster| {
+        let there = cluster.seen.pods.iter().any(|pod| template_of(pod) == old);
+        let held = cluster.deployment("pocket-decode").spec.as_ref().unwrap().template.metadata.clone();
+        let template = held.unwrap().labels.unwrap()["cadre.dev/template-hash"].clone();
+        assert!(
+            !there || (template == worker && deleted(&cluster.plan()).is_empty()),
+            "requests in flight end first"
+        );
+        !there
+    });
+    let plans = cluster.until("all shards", |cluster| deleted(&cluster.plan()).len() == 4);
     assert_eq!(deletions(&plans), Vec::<Vec<String>>::new());
     assert_eq!(deleted(&cluster.plan()).len(), 4);
     cluster.settle();
@@ -238,22 +280,27 @@ fn another_checkpoint_replaces_all_shards_at_once() {
 #[test]
 fn a_template_that_does_not_work_costs_one_shard_and_is_repaired() {
     let mut cluster = Cluster::settled(samples::pocket());
-    cluster.broken_image = Some("registry.example/typo:1".into());
-    // Only the shards: router and workers would stop the update earlier.
-    cluster.edit(|model| model.spec.experts.pod.priority_class_name = Some("high".into()));
-    let broken = |cluster: &mut Cluster| {
-        let down = cluster.pods("experts").iter().filter(|name| !is_up(cluster, name)).count();
-        assert!(down <= 1, "{down} shards down");
+    // Only the shards' template: router and workers would stop a new image earlier.
+    let priority = |cluster: &mut Cluster, name: &str| {
+        cluster.edit(|model| model.spec.experts.pod.priority_class_name = Some(name.into()));
     };
-    cluster.round();
-    cluster.seen.stateful_sets[0].spec.as_mut().unwrap().template.spec.as_mut().unwrap().containers[0]
-        .image = Some("registry.example/typo:1".into());
-    for _ in 0..3 {
-        cluster.step();
-        broken(&mut cluster);
+    priority(&mut cluster, "wrong");
+    cluster.broken_shards = true;
+    for _ in 0..30 {
+        cluster.round();
+        let down = cluster.pods("experts").iter().filter(|name| !is_up(&cluster, name)).count();
+        assert!(down <= 1, "{down} shards down");
+        assert_eq!(cluster.verdict("Ready"), "True AsSpecified");
     }
+    assert_eq!(cluster.verdict("Degraded"), "True ImagePullFailed");
+    assert!(cluster.condition("Progressing").2.contains("the next shard waits: shard 3 is not routable"));
+    priority(&mut cluster, "right");
+    cluster.broken_shards = false;
     cluster.settle();
-    assert_eq!(cluster.verdict("Ready"), "True AsSpecified");
+    assert_eq!(
+        (cluster.verdict("Ready"), cluster.verdict("Degraded")),
+        ("True AsSpecified".into(), "False AsSpecified".into())
+    );
 }
 
 fn is_up(cluster: &Cluster, pod: &str) -> bool {

@@ -45,6 +45,8 @@ pub(super) struct Cluster {
     pub(super) coordinator: Coordinator,
     /// Pods of this image cannot be pulled.
     pub(super) broken_image: Option<String>,
+    /// Pods of the newest template of the shards do not start.
+    pub(super) broken_shards: bool,
     /// Names for pods, uids and versions.
     serial: u64,
     /// What was told last.
@@ -59,7 +61,14 @@ impl Cluster {
         seen.watching_since = seen.now - Duration::from_secs(3600);
         let zones = ["zone-a", "zone-b", "zone-c"];
         seen.nodes = (0..3).map(|node| (format!("node-{node}"), self::node(node, zones[node]))).collect();
-        Self { seen, coordinator: Coordinator::default(), broken_image: None, serial: 0, view: None }
+        Self {
+            seen,
+            coordinator: Coordinator::default(),
+            broken_image: None,
+            broken_shards: false,
+            serial: 0,
+            view: None,
+        }
     }
 
     /// A cluster that has come to rest.
@@ -212,17 +221,17 @@ impl Cluster {
                 let status = known.and_then(|one| one.status.clone());
                 self.seen.tiers.insert(tier.spec.tier, MoETier { status, ..written });
             }
-            "Deployment" => write.into_list(&mut self.seen.deployments, |one| &mut one.metadata),
+            "Deployment" => write.put_into(&mut self.seen.deployments, |one| &mut one.metadata),
             "StatefulSet" => {
                 let status = self.seen.stateful_sets.first().and_then(|one| one.status.clone());
-                write.into_list(&mut self.seen.stateful_sets, |one| &mut one.metadata);
+                write.put_into(&mut self.seen.stateful_sets, |one| &mut one.metadata);
                 self.seen.stateful_sets[0].status = status;
             }
-            "Service" => write.into_list(&mut self.seen.services, |one| &mut one.metadata),
-            "ConfigMap" => write.into_list(&mut self.seen.config_maps, |one| &mut one.metadata),
-            "ServiceAccount" => write.into_list(&mut self.seen.service_accounts, |one| &mut one.metadata),
+            "Service" => write.put_into(&mut self.seen.services, |one| &mut one.metadata),
+            "ConfigMap" => write.put_into(&mut self.seen.config_maps, |one| &mut one.metadata),
+            "ServiceAccount" => write.put_into(&mut self.seen.service_accounts, |one| &mut one.metadata),
             "PodDisruptionBudget" => {
-                write.into_list(&mut self.seen.disruption_budgets, |one| &mut one.metadata)
+                write.put_into(&mut self.seen.disruption_budgets, |one| &mut one.metadata)
             }
             kind => panic!("{kind} is no child"),
         }
@@ -299,7 +308,7 @@ impl Write<'_> {
         serde_json::from_value(serde_json::to_value(object).unwrap()).unwrap()
     }
 
-    fn into_list<T: DeserializeOwned + serde::Serialize + Clone>(
+    fn put_into<T: DeserializeOwned + serde::Serialize + Clone>(
         &self,
         list: &mut Vec<T>,
         meta: impl Fn(&mut T) -> &mut ObjectMeta,

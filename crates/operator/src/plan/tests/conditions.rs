@@ -62,7 +62,7 @@ fn a_model_that_comes_up_tells_each_step_once() {
 fn a_lost_shard_is_degraded_and_not_down() {
     let mut cluster = Cluster::settled(samples::pocket());
     cluster.kill("pocket-experts-2");
-    let plans = cluster.until("degraded", |cluster| cluster.verdict("Degraded").starts_with("True"));
+    let plans = cluster.until("at risk", |cluster| cluster.verdict("ExpertsCovered").starts_with("False"));
     assert_eq!(cluster.verdict("Degraded"), "True PodsMissing");
     assert_eq!(cluster.verdict("Ready"), "True AsSpecified");
     let (status, reason, message) = cluster.condition("ExpertsCovered");

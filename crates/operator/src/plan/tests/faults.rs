@@ -245,6 +245,14 @@ fn a_namespace_that_refuses_the_pods() {
 }
 
 #[test]
+fn an_update_whose_pods_are_refused_is_no_silent_standstill() {
+    let mut cluster = Cluster::settled(samples::pocket());
+    cluster.edit(|model| model.spec.image = Some("registry.example/cadre:2".into()));
+    cluster.seen.refused_pods.insert("pocket-decode".into(), "exceeded quota: pods=7".into());
+    assert_fault(&mut cluster, Reason::PodsForbidden, "Deployment pocket-decode: exceeded quota: pods=7");
+}
+
+#[test]
 fn a_child_that_the_api_server_refuses() {
     let mut cluster = Cluster::new(samples::pocket());
     cluster
