@@ -49,10 +49,11 @@ fn list(folder: &Path, deep: bool) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Relative targets of `[text](target)`, without fragments.
+/// Relative targets of `[text](target)`, without fragments. What stands in a code span (a pattern, say) is no link.
 fn links(text: &str) -> Vec<&str> {
-    text.split("](")
-        .skip(1)
+    text.lines()
+        .flat_map(|line| line.split('`').step_by(2))
+        .flat_map(|prose| prose.split("](").skip(1))
         .filter_map(|rest| rest.split(')').next())
         .filter_map(|target| target.split('#').next())
         .filter(|target| {
@@ -85,7 +86,7 @@ mod tests {
             "README.md",
             "[a](docs/here.md#part) [b](docs/gone.md) [c](https://example.org) see docs/lost.md.",
         );
-        write("docs/here.md", "[up](../README.md) and [beside](beside.md)");
+        write("docs/here.md", "[up](../README.md) and [`beside`](beside.md), the pattern `[a-z]([a-z0-9]*)`");
         write("crates/lib.rs", "//! docs/here.md, docs/missing.md");
         let faults = dead(root.path()).expect("the walk");
         let named: Vec<&str> =
