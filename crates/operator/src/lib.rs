@@ -8,6 +8,5 @@ pub mod observed;
 pub mod plan;
 pub mod rbac;
 pub mod run;
-pub mod standin;
 
 pub use run::{CoordinatorAddress, LeaseOptions, OperatorError, OperatorOptions, metrics, run};

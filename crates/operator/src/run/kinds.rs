@@ -58,7 +58,7 @@ pub(crate) fn models(client: &Client, namespace: &str) -> Api<DynamicObject> {
 
 /// `Deployment demo-router`: how a child is named in messages and in `Observed::refused_children`.
 pub(crate) fn child(kind: ObjectKind, name: &str) -> String {
-    format!("{} {name}", resource(kind).kind)
+    format!("{} {name}", kind.name())
 }
 
 pub(crate) fn of<K: Resource<DynamicType = ()>>() -> ApiResource {

@@ -22,10 +22,13 @@ pub(crate) enum Verdict {
 pub(crate) fn judge(error: &Error) -> Verdict {
     let Error::Api(status) = error else { return Verdict::Failed(error.to_string()) };
     let details = status.details.as_ref();
-    let terminating = details
-        .is_some_and(|details| details.causes.iter().any(|cause| cause.reason == "NamespaceTerminating"));
+    let causes = || details.into_iter().flat_map(|details| &details.causes);
+    let terminating = causes().any(|cause| cause.reason == "NamespaceTerminating");
+    // A patch that names the uid of a pod's predecessor.
+    let other_object = causes().any(|cause| cause.field == "metadata.uid");
     match status.code {
         409 => Verdict::Conflict,
+        422 if other_object => Verdict::Conflict,
         404 if details.is_some_and(|details| details.kind == "namespaces") => Verdict::NamespaceGone,
         404 => Verdict::Missing,
         403 if terminating => Verdict::NamespaceGone,
@@ -60,6 +63,16 @@ mod tests {
         assert_eq!(refused(404), Verdict::Missing);
         let away = std::io::Error::other("connection refused");
         assert!(matches!(judge(&Error::Service(away.into())), Verdict::Failed(_)));
+    }
+
+    #[test]
+    fn an_object_made_again_under_the_name_is_a_stale_observation() {
+        // As Kubernetes 1.35 answers to a pod's status patch with another uid.
+        let other = json!({"code": 422, "reason": "Invalid",
+            "message": "Pod \"p\" is invalid: metadata.uid: Invalid value: \"u\": field is immutable",
+            "details": {"name": "p", "kind": "Pod", "causes": [{"reason": "FieldValueInvalid",
+                "message": "Invalid value: \"u\": field is immutable", "field": "metadata.uid"}]}});
+        assert_eq!(verdict(other), Verdict::Conflict);
     }
 
     #[test]

@@ -224,8 +224,14 @@ impl<K: Resource<DynamicType = ()> + 'static> Feed<K> {
                 }
                 Err(error) => {
                     self.errors.inc();
-                    let delay = backoff.next_delay();
-                    tracing::warn!(kind = self.kind, namespace = self.namespace, %error, ?delay, "Watch failed");
+                    let (error, delay) = (words(&error), backoff.next_delay());
+                    tracing::warn!(
+                        kind = self.kind,
+                        namespace = self.namespace,
+                        error,
+                        ?delay,
+                        "Watch failed"
+                    );
                     tokio::time::sleep(delay).await;
                 }
             }
@@ -236,6 +242,21 @@ impl<K: Resource<DynamicType = ()> + 'static> Feed<K> {
         object.managed_fields_mut().clear();
         (self.slim)(&mut object);
         object
+    }
+}
+
+/// An error in few words: an API server's own, without the object around them.
+fn words(error: &watcher::Error) -> String {
+    use kube::Error::Api;
+    match error {
+        watcher::Error::InitialListFailed(Api(status)) if status.code == 404 => {
+            "the API server does not know the kind: is the chart cadre-crds installed?".to_owned()
+        }
+        watcher::Error::InitialListFailed(Api(status))
+        | watcher::Error::WatchStartFailed(Api(status))
+        | watcher::Error::WatchFailed(Api(status))
+        | watcher::Error::WatchError(status) => format!("{} ({})", status.message, status.code),
+        other => other.to_string(),
     }
 }
 

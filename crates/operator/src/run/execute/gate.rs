@@ -21,7 +21,7 @@ pub(super) struct Gate<'a> {
     pub(super) message: &'a str,
 }
 
-/// Patches the one condition; the uid in the patch makes it fail (409) on another pod of the same name.
+/// Patches the one condition; the uid in the patch makes it fail on another pod of the same name.
 pub(super) async fn set_routable(
     context: &Context<'_>,
     pod: &str,

@@ -26,9 +26,9 @@ pub(super) async fn write(context: &Context<'_>, plan: &Plan, memory: &mut Memor
         if pass.is_over() || object.status.as_ref() == Some(status) {
             continue;
         }
-        let (name, uid) = (object.name_any(), object.uid().unwrap_or_default());
+        let name = object.name_any();
         let api = kinds::api(context.client, ObjectKind::Tier, &context.key.namespace);
-        let result = apply_status(&api, &kinds::resource(ObjectKind::Tier), &name, &uid, status).await;
+        let result = apply_status(&api, &kinds::resource(ObjectKind::Tier), &name, status).await;
         let subject = Subject { name: kinds::child(ObjectKind::Tier, &name), applies: false };
         let target = Target::Object(ObjectKind::Tier, name);
         record(context, memory, pass, subject, result.map(|version| Effect::Version(target, version)));
@@ -39,7 +39,7 @@ pub(super) async fn write(context: &Context<'_>, plan: &Plan, memory: &mut Memor
     }
     let api = kinds::models(context.client, &context.key.namespace);
     let name = &context.key.name;
-    let result = apply_status(&api, &kinds::of::<cadre_k8s_api::MoEModel>(), name, context.uid, status).await;
+    let result = apply_status(&api, &kinds::of::<cadre_k8s_api::MoEModel>(), name, status).await;
     if result.as_ref().is_err_and(|error| judge(error) == Verdict::Missing) {
         pass.gone = true;
         return;
@@ -48,19 +48,19 @@ pub(super) async fn write(context: &Context<'_>, plan: &Plan, memory: &mut Memor
     record(context, memory, pass, subject, result.map(|version| Effect::Version(Target::Model, version)));
 }
 
-/// A field that the new status lacks is removed, because it was ours. The uid makes it fail on an object that was made
-/// again under the same name.
+/// A field that the new status lacks is removed, because it was ours. There is no precondition: the status subresource
+/// of a custom resource ignores the uid, and a status on an object that was just made again under the same name is
+/// corrected at once, by the reconcile of that object.
 async fn apply_status(
     api: &Api<DynamicObject>,
     resource: &ApiResource,
     name: &str,
-    uid: &str,
     status: &impl Serialize,
 ) -> Result<String, kube::Error> {
     let patch = json!({
         "apiVersion": resource.api_version,
         "kind": resource.kind,
-        "metadata": {"name": name, "uid": uid},
+        "metadata": {"name": name},
         "status": status,
     });
     let params = PatchParams::apply(FIELD_MANAGER).force();
