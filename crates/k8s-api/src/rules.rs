@@ -1,8 +1,9 @@
 //! Every rule that a schema's bounds cannot say, as CEL. The API server evaluates them, and so do
 //! [`crate::manifest`] and the unit tests, without a cluster.
 //!
-//! A message names the numbers and the fix; `fieldPath` points to the field that is easiest to change. The
-//! arithmetic is the same as that of [`crate::MoEModelSpec::slots`] and [`crate::MoEModelSpec::gpus`]; a property
+//! A message names the fields and the fix; `fieldPath` points to the field that is easiest to change. It does not repeat
+//! the numbers: an API server takes the length of `string(integer)` for unbounded and refuses a message with one as too
+//! expensive (seen with 1.35). The arithmetic is the same as that of [`crate::MoEModelSpec::slots`] and [`crate::MoEModelSpec::gpus`]; a property
 //! test compares them.
 //!
 //! kube-cel, which evaluates them here, knows neither `cel.bind` nor two-variable comprehensions nor `sortBy`
@@ -40,14 +41,14 @@ pub(crate) fn model_name() -> Rule {
 /// A model that is Ready has the experts of its checkpoint: another number means another checkpoint. One that
 /// is not Ready may have been given a wrong number, which must be correctable.
 pub(crate) fn served_experts() -> Rule {
-    told(
+    rule(
         "self.spec.model.routedExperts == oldSelf.spec.model.routedExperts \
          || self.spec.model.source != oldSelf.spec.model.source \
          || (has(self.spec.model.source.image) && (has(self.spec.image) ? self.spec.image : '') != (has(oldSelf.spec.image) ? oldSelf.spec.image : '')) \
          || !has(oldSelf.status) || !has(oldSelf.status.conditions) \
          || !oldSelf.status.conditions.exists(c, c.type == 'Ready' && c.status == 'True')",
-        "'the model is Ready with ' + string(oldSelf.spec.model.routedExperts) + ' routed experts: change \
-         routedExperts together with the checkpoint (model.source, or image if the source is the image)'",
+        "the model is Ready with other routedExperts: change them together with the checkpoint (model.source, or image if \
+         the source is the image)",
     )
     .field_path(".spec.model.routedExperts")
 }
@@ -64,42 +65,31 @@ pub(crate) fn model_spec() -> Vec<Rule> {
     .map(|(pods, tier)| format!("(has({tier}.accelerator) ? {pods} * {tier}.accelerator.count : 0)"))
     .join(" + ");
     vec![
-        told(
-            format!("{SLOTS} >= self.model.routedExperts * self.experts.minCopies"),
-            "'minCopies ' + string(self.experts.minCopies) + ' of ' + string(self.model.routedExperts) + ' experts need \
-             redundantSlots of at least ' + string(self.model.routedExperts * (self.experts.minCopies - 1)) + \
-             ', not ' + string(self.experts.redundantSlots)",
+        rule(
+            &format!("{SLOTS} >= self.model.routedExperts * self.experts.minCopies"),
+            "too few slots for minCopies: redundantSlots is at least routedExperts x (minCopies - 1)",
         )
         .field_path(".experts.redundantSlots"),
-        told(
-            format!("{SLOTS} % self.experts.shards == 0"),
-            format!(
-                "string(self.model.routedExperts) + ' experts + ' + string(self.experts.redundantSlots) + ' redundantSlots = ' + \
-                 string({SLOTS}) + ' slots do not divide among ' + string(self.experts.shards) + ' shards: set redundantSlots to ' + \
-                 string(self.experts.redundantSlots + self.experts.shards - {SLOTS} % self.experts.shards) + \
-                 ' or choose a number of shards that divides the slots'"
-            ),
+        rule(
+            &format!("{SLOTS} % self.experts.shards == 0"),
+            "the slots of a layer, routedExperts + redundantSlots, do not divide among the shards: choose a number of \
+             shards that divides them, or change redundantSlots to the next multiple of shards less routedExperts",
         )
         .field_path(".experts.shards"),
-        told(
+        rule(
             "self.experts.minCopies <= self.experts.shards",
-            "string(self.experts.minCopies) + ' copies on different shards need at least as many shards, not ' + \
-             string(self.experts.shards)",
+            "copies are on different shards: minCopies needs at least as many shards",
         )
         .field_path(".experts.minCopies"),
-        told(
+        rule(
             "self.experts.redundantSlots <= self.model.routedExperts * (self.experts.shards - 1)",
-            "'a shard holds an expert once, so ' + string(self.experts.shards) + ' shards have use for at most ' + \
-             string(self.model.routedExperts * (self.experts.shards - 1)) + ' redundantSlots, not ' + \
-             string(self.experts.redundantSlots)",
+            "a shard holds an expert once: redundantSlots is at most routedExperts x (shards - 1)",
         )
         .field_path(".experts.redundantSlots"),
-        told(
-            format!("!has(self.budget) || {gpus} <= self.budget.gpus"),
-            format!(
-                "'prefill, decode and experts need ' + string({gpus}) + ' accelerators, the budget has ' + \
-                 string(self.budget.gpus) + ': raise budget.gpus or lower replicas, shards or accelerator.count'"
-            ),
+        rule(
+            &format!("!has(self.budget) || {gpus} <= self.budget.gpus"),
+            "prefill, decode and experts need more accelerators (pods x accelerator.count) than the budget has: raise \
+             budget.gpus or lower replicas, shards or accelerator.count",
         )
         .field_path(".budget.gpus"),
     ]

@@ -301,18 +301,4 @@ proptest! {
             && spec.gpus() <= i64::from(budget);
         prop_assert_eq!(manifest::model(&object).is_ok(), fits, "{:?}", manifest::model(&object));
     }
-
-    /// The fix that a refusal names is one.
-    #[test]
-    fn the_named_number_of_slots_divides(shape in (1..40_i32, 0..30_i32, 1..12_i32)) {
-        let object = model((shape.0, shape.1, shape.2, 1), (0, 0), 1, 1000);
-        if let Err(refusals) = manifest::model(&object) {
-            for refusal in refusals {
-                if let Some((_, rest)) = refusal.message.split_once("set redundantSlots to ") {
-                    let next: i32 = rest.split(' ').next().unwrap().parse().unwrap();
-                    prop_assert_eq!((shape.0 + next) % shape.2, 0);
-                }
-            }
-        }
-    }
 }
