@@ -26,6 +26,10 @@ mod up;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+#[allow(
+    clippy::disallowed_methods,
+    reason = "this is main, and a command line that cannot be read has no flags"
+)]
 fn main() -> ExitCode {
     let cli = cli::Cli::try_parse().unwrap_or_else(|error| {
         // In a pod nobody reads standard error; the variable is that of `--termination-log`.

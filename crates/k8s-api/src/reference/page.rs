@@ -135,7 +135,7 @@ fn write_rules(page: &mut String, schema: &Value) -> std::fmt::Result {
     for (path, rule) in found {
         let (text, told) = (cell(rule["rule"].as_str().unwrap_or_default()), cell(&message::of_rule(rule)));
         let at = where_broken(&path, rule);
-        match rows.iter_mut().find(|(_, known, words)| (&*known, &*words) == (&text, &told)) {
+        match rows.iter_mut().find(|(_, known, words)| (known, words) == (&text, &told)) {
             Some((fields, ..)) if fields.contains(&at) => {}
             Some((fields, ..)) => fields.push(at),
             None => rows.push((vec![at], text, told)),
