@@ -19,7 +19,7 @@ const PAUSE: Duration = Duration::from_millis(500);
 /// Asks an HTTP address and says by its exit status whether it answers 2xx.
 #[derive(Args, Debug)]
 pub(crate) struct ProbeArgs {
-    /// What to ask: http://HOST[:PORT][/PATH].
+    /// What to ask, for instance http://HOST:PORT/PATH.
     url: Target,
     /// How long one attempt may take, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=600))]
