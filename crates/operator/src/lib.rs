@@ -1,6 +1,6 @@
 //! The operator: one `MoEModel` becomes router, workers and expert shards.
 //!
-//! [`plan`] is pure: what is observed → what is to be done. [`run`] watches every kind that it owns, gathers
+//! [`plan`] is pure: what is observed → what is to be done. [`mod@run`] watches every kind that it owns, gathers
 //! [`observed::Observed`], talks to each model's coordinator and carries plans out. `cadre operator plan -f
 //! FILE` prints a plan without a cluster.
 
