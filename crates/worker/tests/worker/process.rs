@@ -323,7 +323,14 @@ async fn calls_during_the_drain_and_after_it_are_unavailable_and_nothing_else() 
         let (ok, statuses) = caller.await.unwrap();
         println!("{ok} answered, {} refused", statuses.len());
         for status in statuses {
-            assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+            // A connection that the kernel had accepted and the server closed before the call was sent is
+            // `Cancelled` by our own side, with hyper's error as its cause; whatever the worker said itself
+            // has no cause. The router tells the two apart in the same way (its `worker_error`).
+            let never_sent = std::error::Error::source(&status).is_some_and(|error| {
+                let text = format!("{error:?}");
+                text.contains("Canceled") && text.contains("connection closed")
+            });
+            assert!(status.code() == Code::Unavailable || never_sent, "{status:?}");
         }
     }
 }
