@@ -27,14 +27,14 @@ const UP_LIMIT: Duration = Duration::from_secs(10 * 60);
 const SCRIPT_LIMIT: Duration = Duration::from_secs(5 * 60);
 
 /// What a cluster for tests is made of; `kwok` only serves simulated nodes.
-const FOR_TESTS: [&str; 3] = ["podtool", "tools", "helm"];
+const FOR_TESTS: [&str; 4] = ["podtool", "tools", "helm", "keda"];
 
 /// The tasks.
 #[derive(Subcommand)]
 pub(crate) enum Task {
     /// Builds everything that a cluster needs from the package registries, once; 10 to 14 minutes.
     Build {
-        /// Only these: podtool, tools, helm, kwok.
+        /// Only these: podtool, tools, helm, kwok, keda.
         modules: Vec<String>,
         /// Build although the same sources are built already.
         #[arg(long)]
@@ -137,11 +137,19 @@ impl Cluster {
 
     /// The path of a program that `build` makes.
     pub(crate) fn program(name: &str) -> Result<PathBuf> {
-        let cache = match std::env::var_os("CADRE_CLUSTER_CACHE") {
-            Some(path) => PathBuf::from(path),
-            None => tools::cache()?.join("cluster"),
-        };
-        Ok(cache.join("bin").join(name))
+        Ok(Self::cache()?.join("bin").join(name))
+    }
+
+    /// The path of a definition of somebody else's that `build` fetches.
+    pub(crate) fn definition(name: &str) -> Result<PathBuf> {
+        Ok(Self::cache()?.join("crds").join(name))
+    }
+
+    fn cache() -> Result<PathBuf> {
+        match std::env::var_os("CADRE_CLUSTER_CACHE") {
+            Some(path) => Ok(PathBuf::from(path)),
+            None => Ok(tools::cache()?.join("cluster")),
+        }
     }
 
     /// Builds one module.

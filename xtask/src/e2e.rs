@@ -12,6 +12,7 @@
 //! | `KUBECONFIG` | the cluster |
 //! | `CADRE_KUBECTL`, `CADRE_HELM` | the programs |
 //! | `CADRE_IMAGE` | the image's reference |
+//! | `CADRE_KEDA_CRD` | KEDA's definition of ScaledObject, to create where the cluster has none; absent for a foreign cluster |
 //! | `CADRE_CLUSTER_DIR` | the scripts that stop kubelets, nodes and the API server; absent for a foreign cluster |
 //! | `CADRE_BIN` | the `cadre` of the test build, as client |
 //!
@@ -40,6 +41,9 @@ mod preflight;
 /// The package of the tests.
 pub(crate) const PACKAGE: &str = "cadre-e2e-k8s";
 
+/// The file of KEDA's that a sample needs.
+const KEDA: &str = "keda.sh_scaledobjects.yaml";
+
 /// Three, so that copies can be apart and one node can go.
 const NODES: u8 = 3;
 
@@ -59,6 +63,8 @@ pub(crate) struct Stage {
     place: Place,
     kubectl: PathBuf,
     helm: PathBuf,
+    /// Exists for a local cluster.
+    keda: PathBuf,
     image: String,
 }
 
@@ -114,6 +120,7 @@ impl Stage {
             place: Place::Local(running),
             kubectl: Cluster::program("kubectl")?,
             helm: Cluster::program("helm")?,
+            keda: Cluster::definition(KEDA)?,
             image: image::REFERENCE.into(),
         })
     }
@@ -133,6 +140,7 @@ impl Stage {
         Ok(Self {
             kubectl: program("kubectl", "CADRE_KUBECTL", "tools")?,
             helm: program("helm", "CADRE_HELM", "helm")?,
+            keda: Cluster::definition(KEDA)?,
             image: std::env::var("CADRE_IMAGE").unwrap_or_else(|_| image::REFERENCE.into()),
             place: Place::Foreign(kubeconfig),
         })
@@ -155,6 +163,7 @@ impl Stage {
         ];
         if let Place::Local(running) = &self.place {
             variables.push(("CADRE_CLUSTER_DIR".into(), running.cluster().scripts().into()));
+            variables.push(("CADRE_KEDA_CRD".into(), self.keda.clone().into()));
             let of_scripts = running.cluster().environment();
             variables.extend(of_scripts.map(|(name, value)| (name.into(), value.into())));
         }

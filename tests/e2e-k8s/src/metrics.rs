@@ -1,5 +1,7 @@
 //! Metrics of a process, read once.
 
+use std::collections::BTreeMap;
+
 /// Text in Prometheus' format.
 #[derive(Clone, Debug)]
 pub struct Metrics(String);
@@ -27,14 +29,24 @@ impl Metrics {
         self.series(name).filter(|(written, _)| fits(written)).map(|(_, value)| value).sum()
     }
 
-    /// Requests of the operator that write something; the lease is renewed whatever happens.
-    pub fn operator_writes(&self) -> f64 {
+    /// Requests of the operator that write something, by labels; the lease is renewed whatever happens.
+    pub fn operator_writes(&self) -> BTreeMap<String, f64> {
         let writes = ["create", "apply", "patch", "update", "delete"].map(|verb| format!("verb=\"{verb}\""));
         self.series("cadre_operator_api_requests_total")
             .filter(|(labels, _)| writes.iter().any(|verb| labels.contains(verb)))
             .filter(|(labels, _)| !labels.contains("kind=\"leases\""))
-            .map(|(_, value)| value)
-            .sum()
+            .map(|(labels, value)| (labels.to_owned(), value))
+            .collect()
+    }
+
+    /// Writes of the operator since `before`, by labels; empty if there were none.
+    pub fn operator_writes_since(&self, before: &Self) -> BTreeMap<String, f64> {
+        let earlier = before.operator_writes();
+        let since = |(labels, value): (String, f64)| {
+            let more = value - earlier.get(&labels).copied().unwrap_or_default();
+            (more != 0.0).then_some((labels, more))
+        };
+        self.operator_writes().into_iter().filter_map(since).collect()
     }
 }
 
@@ -64,6 +76,9 @@ mod tests {
 
     #[test]
     fn a_lease_is_no_write() {
-        assert_eq!(metrics().operator_writes(), 5.0);
+        let writes = metrics().operator_writes();
+        assert_eq!(writes.values().sum::<f64>(), 5.0, "{writes:?}");
+        assert!(metrics().operator_writes_since(&metrics()).is_empty());
+        assert_eq!(metrics().operator_writes_since(&Metrics::new(String::new())), writes);
     }
 }

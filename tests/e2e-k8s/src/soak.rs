@@ -104,8 +104,7 @@ impl<'m, 'a> Soak<'m, 'a> {
         let kubectl = self.model.namespace().kubectl();
         kubectl.patch(&format!("pod/{NAME}"), &json!({"spec": {"activeDeadlineSeconds": 1}}));
         let summary = wait::until("the load's summary", LIMIT, || {
-            let last = self.lines(&["--tail=1"])?;
-            match last.into_iter().next() {
+            match self.lines(&["--tail=3"])?.into_iter().next_back() {
                 Some(Line::Summary(summary)) => Ok(summary),
                 other => Err(format!("{other:?}")),
             }

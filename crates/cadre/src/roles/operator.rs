@@ -151,9 +151,11 @@ fn models(file: &Path) -> Result<Vec<MoEModel>> {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-    use clap::Parser;
+    use clap::{CommandFactory, Parser};
+    use serde_json::Value;
 
     use super::*;
+    use crate::cli::Cli;
 
     #[derive(Parser)]
     struct Line {
@@ -189,5 +191,69 @@ mod tests {
         let nothing = PlanArgs { file: samples.join("hpa.yaml"), image: "image:1".into(), yaml: false };
         assert!(print_plan(&nothing).unwrap_err().to_string().contains("has no MoEModel"));
         models(Path::new("/no/such/file")).unwrap_err();
+    }
+
+    /// The pod template of every workload that a plan applies, by the workload's name.
+    fn pods(plan: &plan::Plan) -> Vec<(String, Value)> {
+        let applied = plan.actions.iter().filter_map(|action| match action {
+            plan::Action::Apply { object, .. } => Some(serde_json::to_value(object).unwrap()),
+            _ => None,
+        });
+        applied
+            .filter(|object| object["kind"] == "Deployment" || object["kind"] == "StatefulSet")
+            .map(|object| {
+                (object["metadata"]["name"].to_string(), object["spec"]["template"]["spec"].clone())
+            })
+            .collect()
+    }
+
+    #[test]
+    fn every_pod_of_the_plan_is_started_with_flags_and_variables_that_its_process_has() {
+        let samples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/samples");
+        let mut seen = 0;
+        for sample in std::fs::read_dir(samples).unwrap() {
+            for model in models(&sample.unwrap().path()).unwrap() {
+                for (name, pod) in pods(&plan::preview(model, "image:1")) {
+                    seen += 1;
+                    let container = &pod["containers"][0];
+                    let variables = container["env"].as_array().cloned().unwrap_or_default();
+                    let all = container.to_string();
+                    // The kubelet puts variables into arguments and into each other.
+                    let filled = |text: &str| {
+                        variables.iter().fold(text.to_owned(), |text, variable| {
+                            let reference = format!("$({})", variable["name"].as_str().unwrap());
+                            text.replace(&reference, variable["value"].as_str().unwrap_or("10"))
+                        })
+                    };
+                    let mut args: Vec<String> = vec!["cadre".into()];
+                    args.extend(
+                        container["args"].as_array().unwrap().iter().map(|arg| filled(arg.as_str().unwrap())),
+                    );
+                    let command = Cli::command();
+                    let role = command.find_subcommand(&args[1]).unwrap();
+                    for variable in &variables {
+                        let name_of = variable["name"].as_str().unwrap();
+                        let flag = role
+                            .get_arguments()
+                            .find(|flag| flag.get_env().is_some_and(|known| known == name_of));
+                        match flag.and_then(clap::Arg::get_long) {
+                            // As a flag, because a test must not change its own environment.
+                            Some(long) => {
+                                let value = filled(variable["value"].as_str().unwrap_or("10"));
+                                args.extend([format!("--{long}"), value]);
+                            }
+                            // Some are only there to be part of others.
+                            None => assert!(all.contains(&format!("$({name_of})")), "{name}: {name_of}"),
+                        }
+                    }
+                    assert!(args.iter().all(|arg| !arg.contains("$(")), "{name}: {args:?}");
+                    if let Err(error) = Cli::try_parse_from(&args) {
+                        panic!("{name}: {args:?}: {error}");
+                    }
+                }
+            }
+        }
+        // Router, prefill, decode and shards of pocket and of three models of DeepSeek-V3.
+        assert_eq!(seen, 16);
     }
 }

@@ -237,7 +237,7 @@ impl Operator {
         Ok(Look {
             reconciles: metrics.sum("cadre_operator_reconciles_total", &[]),
             requests: metrics.sum(requests, &[]) - metrics.sum(requests, &["verb=\"watch\""]),
-            writes: metrics.operator_writes(),
+            writes: metrics.operator_writes().values().sum(),
             usage: Usage::of(self.child.id())?,
         })
     }

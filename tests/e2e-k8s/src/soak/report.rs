@@ -68,9 +68,10 @@ pub struct Longest {
     pub ms: f64,
 }
 
+/// A pod's log holds standard error as well: the words (`cadre: …`) with which the program ends if requests failed.
 pub(super) fn parse(text: &str) -> Result<Vec<Line>, String> {
     let line = |line: &str| serde_json::from_str(line).map_err(|error| format!("{error} in {line:?}"));
-    text.lines().filter(|line| !line.is_empty()).map(line).collect()
+    text.lines().filter(|line| !line.is_empty() && !line.starts_with("cadre: ")).map(line).collect()
 }
 
 impl Summary {
@@ -136,6 +137,8 @@ mod tests {
         assert!((summary.outage() - 1.0).abs() < 1e-9, "{}", summary.outage());
         summary.assert_bounded(&["Unavailable", "Unknown"], 3);
         assert!(parse("no JSON").is_err());
+        let with_words = format!("{LINES}\ncadre: 2 failed (0 allowed) and 0 differed\n");
+        assert_eq!(parse(&with_words).expect("the format").len(), parse(LINES).expect("the format").len());
     }
 
     #[test]
