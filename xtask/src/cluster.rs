@@ -287,7 +287,9 @@ pub(crate) struct Background(Child);
 impl Background {
     /// Starts it, its output in `log`.
     pub(crate) fn start(cluster: &Cluster, log: &Path) -> Result<Self> {
-        let file = File::create(log).with_context(|| format!("create {}", log.display()))?;
+        // Appended to, because one that waits for another one's lock shares its log.
+        let file = File::options().create(true).append(true).open(log);
+        let file = file.with_context(|| format!("open {}", log.display()))?;
         let child = Command::new("nice")
             .args(["-n", "19"])
             .arg(cluster.scripts.join("build"))

@@ -5,10 +5,9 @@
 //! was declared and did not run is a failure, and so is a suite that ran nothing. A crate without unit tests
 //! says so in its manifest (`test = false`).
 //!
-//! The suites of `tests/e2e-k8s` need a cluster, which [`crate::e2e`] sets up for them: `cargo xtask e2e`, or
-//! `test --only cadre-e2e-k8s`. A plain run leaves them out and says so in a notice, until they have been shown to
-//! pass within the time of a CI run. What a fresh machine lacks for a cluster is built beside the build of the
-//! tests and waited for before the first test runs, so that no test shares its cores with a compiler.
+//! The suites of `tests/e2e-k8s` need a cluster, which [`crate::e2e`] sets up for them; they run last. What a fresh
+//! machine lacks for a cluster is built beside the build of the tests and waited for before the first test runs, so
+//! that no test shares its cores with a compiler.
 //!
 //! Why not cargo-nextest: building it takes longer on two cores than our own tests, and what it adds here
 //! (a process per test, retries) we do not want.
@@ -48,7 +47,7 @@ const NOTICE: &str = "NOTICE:";
 pub(crate) fn run(only: Option<&str>) -> Result<()> {
     let metadata = Metadata::load()?;
     let wants_cluster =
-        only.is_some_and(|part| cluster_suite_names(&metadata).any(|name| name.contains(part)));
+        only.is_none_or(|part| cluster_suite_names(&metadata).any(|name| name.contains(part)));
     let Prepared { mut suites, logs, cadre } = prepare(&metadata, wants_cluster)?;
     if let Some(part) = only {
         suites.retain(|suite| suite.name.contains(part));
@@ -69,12 +68,6 @@ pub(crate) fn run(only: Option<&str>) -> Result<()> {
     }
     if wants_cluster {
         outcomes.extend(run_on_cluster(&on_cluster, &logs, &cadre, false)?);
-    } else if only.is_none() && !on_cluster.is_empty() {
-        println!(
-            "{NOTICE} {} suites of {} were not run: `cargo xtask e2e` runs them",
-            on_cluster.len(),
-            e2e::PACKAGE
-        );
     }
     close(&outcomes)
 }

@@ -153,8 +153,14 @@ pub fn plan(observed: &Observed) -> Plan {
     let (victims, waits) = replace::victims(&facts, &rendered, &applied);
     let gates = gates::changes(&facts);
     let findings = findings::findings(&facts, &wants, &rendered, &applied);
-    let judged =
-        status::Judged { facts: &facts, wants: &wants, rendered: &rendered, findings: &findings, waits };
+    let judged = status::Judged {
+        facts: &facts,
+        wants: &wants,
+        rendered: &rendered,
+        findings: &findings,
+        waits,
+        leaving: &applied.leaving,
+    };
     let status = judged.model();
     let tier_status = judged.tiers();
     let events = events::transitions(observed.model.status.as_ref(), &status);

@@ -152,9 +152,9 @@ fn tag_and_digest_and_the_image_of_models() {
     let with_digest = format!("image.digest={digest}");
     let repository = IMAGE.rsplit_once(':').expect("a tag").0;
     for (set, image) in [
-        (vec!["image.tag=2"], format!("{repository}:2")),
+        (vec!["image.tag=v2"], format!("{repository}:v2")),
         (vec![with_digest.as_str()], format!("{repository}@{digest}")),
-        (vec!["image.tag=2", &with_digest], format!("{repository}:2@{digest}")),
+        (vec!["image.tag=v2", &with_digest], format!("{repository}:v2@{digest}")),
         (
             vec!["image.repository=localhost:5000/cadre"],
             format!("localhost:5000/cadre:{}", IMAGE.rsplit_once(':').expect("a tag").1),

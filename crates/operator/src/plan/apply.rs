@@ -8,10 +8,16 @@
 //! **Another checkpoint** begins with the router. Its old pod drains with the old workers and shards, and while it
 //! does it refuses new ones, whose processes would end and be restarted later and later. So the other workloads are
 //! left as they are until it is gone.
+//!
+//! **A former StatefulSet's pods** are waited for before a new one is made. Its controller would meet their names,
+//! and every attempt doubles the time to its next one, until minutes after they are gone.
 
 use std::collections::BTreeSet;
 
-use cadre_k8s_api::names::{APPLIED_HASH, FIELD_MANAGER, label};
+use cadre_k8s_api::{
+    Tier,
+    names::{APPLIED_HASH, FIELD_MANAGER, label},
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Serialize;
 use serde_json::Value;
@@ -35,7 +41,8 @@ pub(super) struct Applied {
     pub(super) actions: Vec<Action>,
     /// Objects of our names that are not ours, and whose they are.
     pub(super) taken: Vec<(ObjectKind, String, String)>,
-    /// Children of a deleted model of the same name; the garbage collector is at them.
+    /// Children of a deleted model of the same name and pods of a deleted StatefulSet; the garbage collector is at
+    /// them.
     pub(super) leaving: Vec<(ObjectKind, String)>,
     /// Workers and shards wait for a router of another checkpoint to be gone.
     pub(super) waits_for_router: bool,
@@ -65,7 +72,13 @@ pub(super) fn compare(facts: &Facts<'_>, rendered: &Rendered) -> Applied {
     for child in &rendered.children {
         let live = find(facts, child.kind, &child.name);
         match &live {
-            None => applied.write(child, None, "it does not exist".to_owned()),
+            None => {
+                let former = former_pods(facts, child);
+                if former.is_empty() {
+                    applied.write(child, None, "it does not exist".to_owned());
+                }
+                applied.leaving.extend(former);
+            }
             Some(live) => match owner(facts, live.meta) {
                 Owner::Us if live.meta.deletion_timestamp.is_some() => {}
                 Owner::Us if waits_for_router && is_of_members(facts, child) => {}
@@ -94,6 +107,13 @@ impl Applied {
             .and_then(|live| live.meta.resource_version.clone());
         self.actions.push(Action::Apply { object: Box::new(object), why });
     }
+}
+
+/// Pods that a StatefulSet which does not exist any more still controls: none once they were orphaned.
+fn former_pods(facts: &Facts<'_>, child: &Child) -> Vec<(ObjectKind, String)> {
+    let shards =
+        (child.kind == ObjectKind::StatefulSet).then(|| facts.pods_of(Component::Tier(Tier::Experts)));
+    shards.into_iter().flatten().map(|pod| (ObjectKind::Pod, pod.name().to_owned())).collect()
 }
 
 /// A workload of workers or shards.

@@ -13,6 +13,7 @@ use cadre_types::Role;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use super::{
+    ObjectKind,
     children::Rendered,
     component::Component,
     facts::Facts,
@@ -39,6 +40,8 @@ pub(super) struct Judged<'a, 'f> {
     pub(super) findings: &'f [Finding],
     /// What old shards wait for before they are replaced.
     pub(super) waits: Option<String>,
+    /// What of a former model or StatefulSet of the same name is still there.
+    pub(super) leaving: &'f [(ObjectKind, String)],
 }
 
 /// A condition before it has times.

@@ -3,7 +3,7 @@
 use cadre_k8s_api::{ConditionType, Reason, Tier, status::TierStatus};
 
 use super::{Judged, Verdict};
-use crate::plan::{component::Component, pods::OurPod};
+use crate::plan::{ObjectKind, component::Component, pods::OurPod};
 
 /// Pods named in a message.
 const NAMED: usize = 4;
@@ -16,17 +16,32 @@ impl Judged<'_, '_> {
         if let Some(message) = self.scaling() {
             return Verdict::new("True", Reason::Scaling, message);
         }
-        let missing = self.missing();
-        if missing.is_empty() {
+        let missing = self.missing().into_iter().map(|(_, words)| words);
+        let parts: Vec<String> = self.former().into_iter().chain(missing).collect();
+        if parts.is_empty() {
             return Verdict::new("False", Reason::AsSpecified, "everything is as the spec says");
         }
-        let message = missing.into_iter().map(|(_, words)| words).collect::<Vec<_>>().join("; ");
+        let message = parts.join("; ");
         let reason = if self.is_loading() { Reason::LoadingWeights } else { Reason::Starting };
         let message = match self.loading().filter(|_| reason == Reason::LoadingWeights) {
             Some(loading) => format!("{message}; {} of the weights are read", loading.summary),
             None => message,
         };
         Verdict::new("True", reason, message)
+    }
+
+    /// What of a predecessor is in the way of ours.
+    fn former(&self) -> Option<String> {
+        let named = |(kind, name): &(ObjectKind, String)| format!("{} {name}", kind.name());
+        let names: Vec<String> = self.leaving.iter().take(NAMED).map(named).collect();
+        let more = self.leaving.len().saturating_sub(NAMED);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        (!names.is_empty()).then(|| {
+            format!(
+                "what was there before under this name is still being removed: {}{more}",
+                names.join(", ")
+            )
+        })
     }
 
     /// Some shard has not read all that it is to read.

@@ -73,6 +73,33 @@ fn children_of_a_deleted_model_of_the_same_name_are_waited_for() {
 }
 
 #[test]
+fn pods_of_a_deleted_stateful_set_are_waited_for_before_there_is_a_new_one() {
+    let mut cluster = Cluster::settled(samples::pocket());
+    cluster.seen.stateful_sets.clear();
+    let plan = cluster.plan();
+    assert!(applied(&plan).is_empty(), "{:?}", applied(&plan));
+    cluster.apply(&plan);
+    let (status, _, message) = cluster.condition("Progressing");
+    assert_eq!(status, "True");
+    assert!(message.contains("still being removed: Pod pocket-experts-0, "), "{message}");
+    // Orphaned ones are adopted by a new StatefulSet.
+    let mut orphaned = Cluster::settled(samples::pocket());
+    orphaned.seen.stateful_sets.clear();
+    for pod in orphaned.seen.pods.iter_mut() {
+        if pod.metadata.name.as_ref().unwrap().starts_with("pocket-experts") {
+            pod.metadata.owner_references = None;
+        }
+    }
+    for mut cluster in [cluster, orphaned] {
+        cluster.seen.pods.retain(|pod| {
+            let meta = &pod.metadata;
+            !meta.name.as_ref().unwrap().starts_with("pocket-experts") || meta.owner_references.is_none()
+        });
+        assert_eq!(applied(&cluster.plan()), ["StatefulSet pocket-experts: it does not exist"]);
+    }
+}
+
+#[test]
 fn an_orphan_with_our_labels_is_taken_back() {
     let mut cluster = Cluster::settled(samples::pocket());
     cluster.seen.services[0].metadata.owner_references = None;
