@@ -99,7 +99,7 @@ reasons! {
     fix: "Wait; `kubectl get moetier` shows which tier is behind.", Starting;
     /// Shards read their weights.
     fix: "Wait; `kubectl get moe -o wide` shows the progress.", LoadingWeights;
-    /// A tier is being scaled, or a new layout of the experts is being prepared beside the one in force.
+    /// A tier is being scaled, or a new placement of the experts is being prepared beside the one in force.
     fix: "Wait; requests are served meanwhile.", Scaling;
     /// Pods are being replaced by pods of a new image or template.
     fix: "Wait; pods drain for up to `drainSeconds` each.", Updating;
@@ -118,7 +118,8 @@ reasons! {
     fix: "Look at the shard pods named in the message; with `minCopies: 2` one lost shard uncovers nothing.",
     ExpertUncovered;
     /// An expert has fewer routable copies than `minCopies`, or all of them in one failure domain.
-    fix: "Wait for the missing shard, or give the shards more failure domains (`spreadBy`).", ExpertAtRisk;
+    fix: "Wait for the missing shard; copies that ended up in one domain move apart by themselves. If they cannot, give \
+          the shards more failure domains (`spreadBy`).", ExpertAtRisk;
     /// The coordinator has not reported yet.
     fix: "Wait; if it lasts, see RouterUnavailable.", CoverageUnknown;
     /// Fewer pods are routable than wanted.

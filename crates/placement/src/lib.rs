@@ -9,9 +9,10 @@
 //! - [`eplb`]: the published algorithm, reproduced as published; the yardstick.
 //! - [`plan`]: our planner. It differs from EPLB where the design asks for more: any number of shards,
 //!   copies of an expert always on different shards, a guaranteed number of copies.
+//! - [`spread`]: the copies of a placement moved apart, after its shards have moved to other failure domains.
 //! - [`report`]: what a placement means: imbalance, copies, and what each shard's loss would uncover.
 //!
-//! Not here yet: the plan of moves from one placement to the next under a budget. It joins as a module
+//! Not here yet: the plan of moves that follow uneven load, under a budget. It joins as a module
 //! beside `plan`, and the executor that carries it out belongs to the coordinator.
 
 pub mod eplb;
@@ -19,7 +20,9 @@ pub mod load;
 mod pack;
 pub mod plan;
 pub mod report;
+pub mod spread;
 
 pub use load::{ExpertLoad, LayerLoad, LoadError};
 pub use plan::{DomainIndex, PlanError, affordable_copies, plan_initial};
 pub use report::{PlacementReport, ReportError, explain};
+pub use spread::plan_spread;

@@ -82,6 +82,49 @@ pub(crate) fn pack(
     shards.held
 }
 
+/// Moves copies between shards until every expert is in as many domains as its guaranteed copies can be in: by
+/// exchanges of two copies, which keep all others where they are. Where those cannot do it and packing anew can,
+/// the layer is packed anew. `held` as [`pack`] returns it.
+pub(crate) fn respread(
+    tokens: &[u64],
+    held: &[Vec<usize>],
+    min_copies: usize,
+    domains: &Domains,
+) -> Vec<Vec<usize>> {
+    let mut copies = vec![0; tokens.len()];
+    for &expert in held.iter().flatten() {
+        copies[expert] += 1;
+    }
+    let room: Vec<usize> = held.iter().map(Vec::len).collect();
+    let share = shares(tokens, &copies);
+    let mut shards = Shards::new(&share, &room, domains, min_copies);
+    for (shard, experts) in held.iter().enumerate() {
+        for &expert in experts {
+            shards.put(shard, expert);
+        }
+    }
+    shards.repair(copies.len(), min_copies.min(domains.count));
+    let left = crowded(&shards.held, copies.len(), min_copies, domains);
+    if left > 0 {
+        let anew = pack(tokens, &copies, &room, min_copies, domains);
+        if crowded(&anew, copies.len(), min_copies, domains) < left {
+            return anew;
+        }
+    }
+    shards.held
+}
+
+/// Experts that are in fewer domains than their guaranteed copies could be in.
+pub(crate) fn crowded(held: &[Vec<usize>], experts: usize, min_copies: usize, domains: &Domains) -> usize {
+    let mut of = vec![BTreeSet::new(); experts];
+    for (shard, held) in held.iter().enumerate() {
+        for &expert in held {
+            of[expert].insert(domains.of[shard]);
+        }
+    }
+    of.iter().filter(|domains_of| domains_of.len() < min_copies.min(domains.count)).count()
+}
+
 /// Load of one copy of each expert.
 fn shares(tokens: &[u64], copies: &[usize]) -> Vec<u128> {
     let share = |(&tokens, &copies): (&u64, &usize)| (u128::from(tokens) << FRACTION_BITS) / copies as u128;

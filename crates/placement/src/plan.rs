@@ -92,7 +92,7 @@ fn check(
 }
 
 /// The same ratios in the smallest integers, so that no rounding can tell a load from its multiple.
-fn reduced(tokens: &[u64]) -> Vec<u64> {
+pub(crate) fn reduced(tokens: &[u64]) -> Vec<u64> {
     let divisor = tokens.iter().copied().fold(0, gcd).max(1);
     tokens.iter().map(|tokens| tokens / divisor).collect()
 }
@@ -130,7 +130,7 @@ fn slots_per_shard(slots: usize, shards: usize, at: usize) -> Vec<usize> {
     (0..shards).map(|shard| narrow + usize::from((shard + shards - first) % shards < wider)).collect()
 }
 
-fn logical(experts: &[usize]) -> Vec<LogicalExpert> {
+pub(crate) fn logical(experts: &[usize]) -> Vec<LogicalExpert> {
     let id = |&expert: &usize| u16::try_from(expert).expect("num_experts is at most ID_LIMIT");
     experts.iter().map(|expert| LogicalExpert(id(expert))).collect()
 }

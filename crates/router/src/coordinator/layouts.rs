@@ -7,6 +7,10 @@
 //! that dies on the way is waited for; the placement in force goes on. The newest wanted layout wins: a
 //! `next` for another one is forgotten.
 //!
+//! **Domains.** A shard's successor may be on another node, and then copies that were apart are together. When all
+//! shards have served for [`CALM`] and a placement of the same layout is better, it becomes the next one. Earlier it
+//! would follow every step of a rolling replacement.
+//!
 //! **Epochs.** One epoch never means two placements: every plan takes a number above all that were ever
 //! seen. State is soft, so after a restart numbers and placement come from the members. The first whole
 //! placement that a member reports is taken over (a restart moves nothing), a later epoch of another one
@@ -27,6 +31,10 @@ use super::plan::Planner;
 /// Time after a restart in which members come back: their reconnection takes at most 2 s (back-off), and
 /// their first report is a moment later.
 pub(super) const SETTLE: Duration = Duration::from_secs(4);
+
+/// All shards have to hold the placement and stay in their domains for so long before copies move for the sake of
+/// domains. The operator replaces the next old shard within a second or two of the last one's readiness.
+pub(super) const CALM: Duration = Duration::from_secs(10);
 
 /// Names a placement: its epoch and the digest of its slots.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -99,6 +107,18 @@ pub(super) struct Layouts {
     waiting_since: Option<Instant>,
     /// Why the wanted layout cannot be planned.
     problem: Option<String>,
+    spread: Spread,
+}
+
+/// Where the shards are, for the placement in force.
+#[derive(Clone, Debug, Default)]
+struct Spread {
+    domains: Vec<Option<DomainIndex>>,
+    epoch: PlacementEpoch,
+    /// Since when; `None` while a shard is missing.
+    since: Option<Instant>,
+    /// Nothing better was found.
+    is_judged: bool,
 }
 
 impl Layouts {
@@ -115,6 +135,7 @@ impl Layouts {
             settled_at: None,
             waiting_since: None,
             problem: None,
+            spread: Spread::default(),
         }
     }
 
@@ -255,6 +276,9 @@ impl Layouts {
             }
         } else if self.satisfied() {
             self.adopt_wanted_layout();
+            if self.plan_spread(now, facts) {
+                return Some(Change::Planned);
+            }
         } else if self.plan_next(now, facts) {
             return Some(Change::Planned);
         }
@@ -274,7 +298,8 @@ impl Layouts {
     /// When something may happen without a report.
     pub(super) fn wake(&self, now: Instant) -> Option<Instant> {
         let waited = self.waiting_since.map(|since| since + self.wait);
-        [self.settled_at, waited].into_iter().flatten().filter(|at| *at > now).min()
+        let calm = self.spread.since.filter(|_| !self.spread.is_judged).map(|since| since + CALM);
+        [self.settled_at, waited, calm].into_iter().flatten().filter(|at| *at > now).min()
     }
 
     fn satisfied(&self) -> bool {
@@ -325,6 +350,40 @@ impl Layouts {
         self.waiting_since = None;
         self.next = Some(placed);
         true
+    }
+
+    /// Moves copies apart once the shards have been where they are for long enough.
+    fn plan_spread(&mut self, now: Instant, facts: &Facts) -> bool {
+        let Some(Placed { placement, layout }) = self.in_force.clone() else { return false };
+        let is_whole = unprepared(&placement, facts).is_empty() && self.domains_settled(facts);
+        if layout.min_copies < 2 || !self.is_past_settling(now) || !is_whole {
+            self.spread = Spread::default();
+            return false;
+        }
+        let domains = domains(layout, facts);
+        if self.spread.since.is_none()
+            || (&self.spread.domains, self.spread.epoch) != (&domains, placement.epoch())
+        {
+            self.spread = Spread { domains, epoch: placement.epoch(), since: Some(now), is_judged: false };
+        }
+        if self.spread.is_judged || self.spread.since.is_none_or(|since| now < since + CALM) {
+            return false;
+        }
+        self.spread.is_judged = true;
+        let epoch = PlacementEpoch(self.last_epoch + 1);
+        match self.planner.spread(&placement, layout, &self.spread.domains, epoch) {
+            Ok(None) => false,
+            Ok(Some(placement)) => {
+                tracing::info!(%epoch, "copies are moved apart, their shards are in other failure domains");
+                self.last_epoch += 1;
+                self.next = Some(Placed { placement: Arc::new(placement), layout });
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "copies cannot be moved apart");
+                false
+            }
+        }
     }
 
     fn plan(&mut self, facts: &Facts) -> Option<Placed> {

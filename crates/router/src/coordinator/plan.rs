@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use cadre_placement::{DomainIndex, ExpertLoad, PlanError, affordable_copies, plan_initial};
+use cadre_placement::{DomainIndex, ExpertLoad, PlanError, affordable_copies, plan_initial, plan_spread};
 use cadre_types::{Layout, ModelConfig, Placement, PlacementEpoch};
 
 use crate::{error::RouterError, options::RouterOptions};
@@ -45,6 +45,17 @@ impl Planner {
         epoch: PlacementEpoch,
     ) -> Result<Placement, PlanError> {
         plan_initial(&self.load, self.load.num_experts(), layout, domains, epoch)
+    }
+
+    /// The next placement if shards are in other domains than this one was planned for and copies can be moved apart.
+    pub(crate) fn spread(
+        &self,
+        placement: &Placement,
+        layout: Layout,
+        domains: &[Option<DomainIndex>],
+        epoch: PlacementEpoch,
+    ) -> Result<Option<Placement>, PlanError> {
+        plan_spread(&self.load, placement, usize::from(layout.min_copies), domains, epoch)
     }
 
     /// Whether a placement is one of this model.

@@ -77,6 +77,51 @@ async fn a_change_of_layout_step_by_step() {
     assert_eq!(layouts.waiting_for(now, &facts), None);
 }
 
+/// Shards on these nodes, each holding these placements.
+fn on_nodes(nodes: &[&str], stamps: &[Stamp]) -> Facts {
+    let mut facts = holding(nodes.len() as u16, stamps);
+    for (shard, node) in facts.shards.values_mut().zip(nodes) {
+        shard.domain = Some((*node).to_owned());
+    }
+    facts
+}
+
+#[tokio::test(start_paused = true)]
+async fn copies_move_apart_when_their_shards_have_moved_together_and_stay() {
+    let now = Instant::now();
+    let mut layouts = Layouts::new(planner(), layout(4), WAIT);
+    layouts.advance(now, &on_nodes(&["a", "b", "c", "a"], &[]));
+    let one = stamp(layouts.in_force().unwrap());
+    let before = on_nodes(&["a", "b", "c", "a"], &[one]);
+    for passed in [Duration::ZERO, CALM, 2 * CALM] {
+        assert_eq!(layouts.advance(now + passed, &before), [], "as planned");
+    }
+    // Shard 3 is replaced and lands beside shard 1. Only when it has been there for a while anything moves.
+    let mut away = before.clone();
+    away.shards.remove(&3);
+    let moved = on_nodes(&["a", "b", "c", "b"], &[one]);
+    let begun = now + 3 * CALM;
+    assert_eq!(layouts.advance(begun, &away), []);
+    assert_eq!(layouts.advance(begun, &moved), []);
+    assert_eq!(layouts.wake(begun), Some(begun + CALM));
+    assert_eq!(layouts.waiting_for(begun, &moved), None);
+    // Away and back again: from the start.
+    let again = begun + CALM / 2;
+    layouts.advance(again, &away);
+    layouts.advance(again, &moved);
+    assert_eq!(layouts.advance(begun + CALM, &moved), []);
+    assert_eq!(layouts.advance(again + CALM, &moved), [Change::Planned]);
+    assert_eq!(epochs(&layouts), (1, Some(2), 1));
+    let two = stamp(layouts.next().unwrap());
+    let prepared = on_nodes(&["a", "b", "c", "b"], &[one, two]);
+    let done = again + 2 * CALM;
+    assert_eq!(layouts.advance(done, &prepared), [Change::InForce, Change::Settled]);
+    for passed in [Duration::ZERO, CALM, 2 * CALM] {
+        assert_eq!(layouts.advance(done + passed, &on_nodes(&["a", "b", "c", "b"], &[two])), []);
+    }
+    assert!(layouts.is_settled());
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_newest_layout_wins_and_no_number_is_used_twice() {
     let now = Instant::now();
