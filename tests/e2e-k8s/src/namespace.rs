@@ -47,6 +47,29 @@ impl Namespace {
     }
 }
 
+impl Namespace {
+    /// Ends every pod without its grace. How models and pods go by themselves is shown by tests of their own; here it
+    /// would cost each test half a minute: a namespace's controller looks again after half of the longest grace.
+    fn empty(&self) {
+        let delete = |what: &[&str]| {
+            let args = ["delete", "--all", "--wait=false", "--ignore-not-found"];
+            // Whatever fails is met again by the deletion of the namespace.
+            self.kubectl.run(&[&args[..], what].concat())
+        };
+        drop(delete(&["moemodels"]));
+        drop(delete(&["deployments,statefulsets,replicasets,jobs"]));
+        let gone = || {
+            drop(delete(&["pods", "--force", "--grace-period=0"]));
+            let pods =
+                self.kubectl.run(&["get", "pods", "--output=name"]).map_err(|error| error.to_string())?;
+            wait::holds(pods.is_empty(), || pods)
+        };
+        if let Err(error) = wait::attempt(wait::LIMIT, gone) {
+            eprintln!("pods of {} are still there: {error}", self.name);
+        }
+    }
+}
+
 /// A namespace as users are told to make them, if it is not there yet.
 #[track_caller]
 pub fn make_restricted(name: &str) {
@@ -68,6 +91,7 @@ impl Drop for Namespace {
         }
         let begun = Instant::now();
         let timeout = format!("--timeout={}s", wait::LIMIT.as_secs());
+        self.empty();
         let deleted = Kubectl::cluster_wide().run(&["delete", "namespace", &self.name, &timeout]);
         // The next test must not share its nodes with what is left of this one; a namespace that stays is a defect.
         match deleted {

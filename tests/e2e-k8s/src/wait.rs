@@ -19,15 +19,20 @@ const LOOK: Duration = Duration::from_millis(250);
 
 /// Looks until there is a value; fails with `what` and the last refusal after `limit`.
 #[track_caller]
-pub fn until<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Result<T, String>) -> T {
+pub fn until<T>(what: &str, limit: Duration, look: impl FnMut() -> Result<T, String>) -> T {
+    attempt(limit, look).unwrap_or_else(|seen| {
+        panic!("waited {} s in vain: {what}\nlast seen: {seen}", limit.as_secs());
+    })
+}
+
+/// Looks until there is a value; returns the last refusal after `limit`.
+pub fn attempt<T>(limit: Duration, mut look: impl FnMut() -> Result<T, String>) -> Result<T, String> {
     let begun = Instant::now();
     loop {
-        let seen = match look() {
-            Ok(value) => return value,
-            Err(seen) => seen,
-        };
-        assert!(begun.elapsed() < limit, "waited {} s in vain: {what}\nlast seen: {seen}", limit.as_secs());
-        thread::sleep(LOOK);
+        match look() {
+            Err(_) if begun.elapsed() < limit => thread::sleep(LOOK),
+            last => return last,
+        }
     }
 }
 
