@@ -36,6 +36,9 @@ const SUITE_LIMIT: Duration = Duration::from_secs(30 * 60);
 /// End-to-end tests run clusters of several processes each: one at a time.
 const SERIAL: [&str; 2] = ["cadre-e2e", e2e::PACKAGE];
 
+/// Of those, suites whose tests mostly wait, each in a namespace of its own: so many at a time.
+const ABREAST: [(&str, usize); 1] = [("cadre-e2e-k8s/tests/bad_input", 3)];
+
 /// Name of the outcome that says whether the cluster's side of things is in order.
 const CLUSTER: &str = "cluster";
 
@@ -257,6 +260,9 @@ fn declared(metadata: &Metadata, built: &Built) -> Result<Vec<Suite>> {
             });
         }
     }
+    for (name, _) in ABREAST {
+        ensure!(suites.iter().any(|suite| suite.name == name), "ABREAST names {name:?}, which is no suite");
+    }
     Ok(suites)
 }
 
@@ -315,7 +321,9 @@ impl Suite {
         command.envs(environment.iter().map(|(name, value)| (name, value)));
         command.arg("--show-output");
         if self.serial {
-            command.arg("--test-threads=1");
+            let abreast =
+                ABREAST.iter().find(|(name, _)| *name == self.name).map_or(1, |(_, abreast)| *abreast);
+            command.arg(format!("--test-threads={abreast}"));
         }
         let mut outcome = execute(&self.name, &mut command, logs)?;
         if outcome.fault.is_none() && outcome.passed + outcome.failed == 0 {

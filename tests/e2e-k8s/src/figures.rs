@@ -3,7 +3,13 @@
 //! Each table is a file `target/xtask/k8s-figures/NAME.md`; a row replaces the row of the same first cell, so that a
 //! test that runs again refreshes its own. `cargo xtask figures` puts the tables into docs/kubernetes-figures.md.
 
-use std::{fs, path::PathBuf, process::Command, time::Duration};
+use std::{
+    fs,
+    path::PathBuf,
+    process::Command,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use crate::{command, diagnosis::output_folder, kubectl::Kubectl};
 
@@ -26,6 +32,9 @@ impl Figures {
     pub fn row(&self, key: &str, cells: &[String]) {
         let row = format!("| {key} | {} |", cells.join(" | "));
         eprintln!("figure: {row}");
+        // Tests of one suite may run at the same time.
+        static WRITING: Mutex<()> = Mutex::new(());
+        let _writing = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
         let known = fs::read_to_string(&self.path).unwrap_or_default();
         let folder = self.path.parent().map(fs::create_dir_all).transpose();
         if let Err(error) = folder.and_then(|_| fs::write(&self.path, merged(&known, &self.head, key, &row)))
