@@ -1,10 +1,10 @@
 //! Generated files: written by `cargo xtask generate`, checked in, compared by `--check`.
 //!
-//! The Rust of `proto/`; reference pages, parts of pages and chart files, which come out of the binary itself (`cadre
+//! The Rust of `proto/`; reference pages, parts of pages, chart files and samples, which come out of the binary itself (`cadre
 //! reference`), so that they cannot tell of a flag, field, reason or right that does not exist; and the version where it
 //! stands in files that nothing can compute.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use anyhow::{Context, Result, ensure};
 use prost::Message;
@@ -35,13 +35,31 @@ const FILES: [(&str, &str); 5] = [
 /// Parts of pages that `cadre reference` prints, between marks of their names.
 const PARTS: [(&str, &str); 2] = [("conditions", "docs/operations.md"), ("rights", "docs/operations.md")];
 
+/// The folder of the samples, all of which `cadre reference samples` prints.
+const SAMPLES: &str = "deploy/samples";
+
 /// Writes or compares every generated file.
 pub(crate) fn run(check: bool) -> Result<()> {
     let scratch = Metadata::load()?.target_directory.join("xtask").join("generate");
     fs::create_dir_all(&scratch).with_context(|| format!("create {}", scratch.display()))?;
     proto(&scratch, check)?;
     versions::run(check)?;
-    reference(check)
+    reference(check)?;
+    samples(check)
+}
+
+fn samples(check: bool) -> Result<()> {
+    let texts: BTreeMap<String, String> =
+        serde_json::from_slice(&printed("samples")?).context("cadre reference samples")?;
+    let folder = command::root()?.join(SAMPLES);
+    for (file, text) in &texts {
+        publish(text.as_bytes(), &folder.join(file), check)?;
+    }
+    for entry in fs::read_dir(&folder).with_context(|| format!("list {SAMPLES}"))? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        ensure!(texts.contains_key(&name), "{SAMPLES}/{name} is no sample of crates/k8s-api/src/samples");
+    }
+    Ok(())
 }
 
 fn proto(scratch: &Path, check: bool) -> Result<()> {

@@ -1,9 +1,9 @@
 //! `cadre reference`: pages and chart files that come from the program itself; `cargo xtask generate` keeps them.
 
-use std::{fmt::Write, io};
+use std::{collections::BTreeMap, fmt::Write, io};
 
 use anyhow::{Context, Result};
-use cadre_k8s_api::reference;
+use cadre_k8s_api::{reference, samples};
 use cadre_telemetry::{MetricSpec, metrics::markdown_table};
 use clap::{Args, Command, CommandFactory, ValueEnum};
 
@@ -34,6 +34,8 @@ enum Page {
     Rights,
     /// What the operator may do: rules for the chart.
     ChartRules,
+    /// The files of deploy/samples as a JSON object: name to text.
+    Samples,
 }
 
 /// Runs the command.
@@ -46,6 +48,12 @@ pub(crate) fn run(args: &ReferenceArgs) -> Result<()> {
         Page::Conditions => reference::conditions_tables(),
         Page::Rights => rights::table(),
         Page::ChartRules => rights::chart_rules(),
+        Page::Samples => {
+            let samples = samples::all().context("make the samples")?;
+            let texts: BTreeMap<&str, String> =
+                samples.iter().map(|sample| (sample.file, sample.text())).collect();
+            serde_json::to_string(&texts)?
+        }
     };
     io::Write::write_all(&mut io::stdout(), page.as_bytes())?;
     Ok(())

@@ -1,7 +1,7 @@
 //! The Kubernetes API of cadre, group `cadre.dev/v1alpha1`: what users write and what they read back.
 //!
-//! The Rust types are the only source: CRD YAML (`charts/cadre-crds`), the API reference (docs/api.md) and the
-//! table of reasons (docs/operations.md) are generated from them by `cargo xtask generate` and diffed by a
+//! The Rust types are the only source: CRD YAML (`charts/cadre-crds`), the API reference (docs/api.md), the samples
+//! (`deploy/samples`) and the table of reasons (docs/operations.md) are generated from them by `cargo xtask generate` and diffed by a
 //! test. Every rule that spans fields is CEL on the types, evaluated by the API server and, without a
 //! cluster, by the unit tests here.
 //!
@@ -19,6 +19,7 @@ pub mod names;
 pub mod quantity;
 pub mod reference;
 mod rules;
+pub mod samples;
 mod schema;
 pub mod status;
 pub mod tier;

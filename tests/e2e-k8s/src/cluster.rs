@@ -26,6 +26,7 @@ pub struct Cluster {
     helm: PathBuf,
     image: String,
     scripts: Option<Scripts>,
+    keda: Option<PathBuf>,
 }
 
 /// The cluster of this run.
@@ -44,6 +45,7 @@ impl Cluster {
             helm: path("CADRE_HELM").unwrap_or_else(|| "helm".into()),
             image: std::env::var("CADRE_IMAGE").unwrap_or_else(|_| cadre_k8s_api::IMAGE.to_owned()),
             scripts: path("CADRE_CLUSTER_DIR").map(Scripts::in_folder),
+            keda: path("CADRE_KEDA_CRD"),
         }
     }
 
@@ -60,6 +62,11 @@ impl Cluster {
     /// What only a cluster of ours can do.
     pub fn scripts(&self) -> Option<&Scripts> {
         self.scripts.as_ref()
+    }
+
+    /// KEDA's definition of its ScaledObject, for a cluster that may be taught it.
+    pub fn keda(&self) -> Option<&Path> {
+        self.keda.as_deref()
     }
 
     /// The scripts, or a notice that `test` shows nothing on this cluster.

@@ -3,7 +3,7 @@
 use std::fs;
 
 use cadre_e2e_k8s::{
-    Kubectl, Model, Namespace, Operator, sample,
+    Kubectl, Model, Namespace, Operator, cluster, sample,
     wait::{self, LIMIT, holds},
 };
 use serde::Deserialize;
@@ -160,9 +160,8 @@ fn knows_keda() -> bool {
     if kubectl.run(&["get", definition]).is_ok() {
         return true;
     }
-    let Some(file) = std::env::var_os("CADRE_KEDA_CRD") else { return false };
-    let file = file.to_string_lossy();
-    kubectl.must(&["create", "-f", &file]);
+    let Some(file) = cluster().keda() else { return false };
+    kubectl.must(&["create", "-f", &file.display().to_string()]);
     kubectl.must(&["wait", definition, "--for=condition=Established", "--timeout=60s"]);
     true
 }

@@ -1,4 +1,4 @@
-//! The version where it stands in files that are read without a build: charts, the pocket sample, the Containerfile.
+//! The version where it stands in files that are read without a build: charts and the Containerfile.
 //!
 //! One source, the workspace's version: a chart that installs another image than `cargo xtask image` makes would be
 //! noticed by users only.
@@ -8,17 +8,16 @@ use std::fs;
 use anyhow::{Context, Result, ensure};
 
 use super::publish;
-use crate::{command, image};
+use crate::command;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// File, how the line begins, what follows.
-const LINES: [(&str, &str, &str); 6] = [
+const LINES: [(&str, &str, &str); 5] = [
     ("charts/cadre-crds/Chart.yaml", "version: ", VERSION),
     ("charts/cadre-crds/Chart.yaml", "appVersion: ", VERSION),
     ("charts/cadre/Chart.yaml", "version: ", VERSION),
     ("charts/cadre/Chart.yaml", "appVersion: ", VERSION),
-    ("deploy/samples/pocket.yaml", "  image: ", image::REFERENCE),
     ("deploy/Containerfile", "ARG VERSION=", VERSION),
 ];
 
