@@ -11,6 +11,7 @@ use crate::wait::LIMIT;
 pub struct Operator {
     views: mpsc::Sender<v1::OperatorView>,
     statuses: Streaming<v1::CoordinatorStatus>,
+    last: Option<v1::CoordinatorStatus>,
 }
 
 /// A pod on a node.
@@ -27,7 +28,7 @@ impl Operator {
         let (views, outgoing) = mpsc::channel(4);
         views.send(view).await.expect("room for the first view");
         let statuses = client.operate(ReceiverStream::new(outgoing)).await.expect("an operator is welcome");
-        Self { views, statuses: statuses.into_inner() }
+        Self { views, statuses: statuses.into_inner(), last: None }
     }
 
     /// Sends a whole view.
@@ -35,25 +36,29 @@ impl Operator {
         self.views.send(view).await.expect("the stream is open");
     }
 
-    /// Waits for a status.
+    /// Waits for a status, the last one that was seen included: the coordinator tells changes, and what it has said
+    /// already it does not say again. So what is waited for after [`Self::tell`] must be something new.
     pub async fn until(
         &mut self,
         what: &str,
         wanted: impl Fn(&v1::CoordinatorStatus) -> bool,
     ) -> v1::CoordinatorStatus {
-        let mut last = None;
+        if let Some(last) = self.last.clone().filter(&wanted) {
+            return last;
+        }
+        let (statuses, last) = (&mut self.statuses, &mut self.last);
         let waiting = async {
             loop {
-                let status = self.statuses.message().await.expect("the stream goes on").expect("a status");
+                let status = statuses.message().await.expect("the stream goes on").expect("a status");
+                *last = Some(status.clone());
                 if wanted(&status) {
                     return status;
                 }
-                last = Some(status);
             }
         };
         match tokio::time::timeout(LIMIT, waiting).await {
             Ok(status) => status,
-            Err(_) => panic!("waited in vain: {what}; last status: {last:?}"),
+            Err(_) => panic!("waited in vain: {what}; last status: {:?}", self.last),
         }
     }
 
