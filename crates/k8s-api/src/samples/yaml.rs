@@ -95,19 +95,26 @@ fn flow(value: &Value) -> String {
     }
 }
 
-/// A string: plain if it reads as one, else in quotes.
+/// Words of YAML 1.1 that are no strings.
+const WORDS: [&str; 9] = ["true", "false", "null", "yes", "no", "on", "off", "y", "n"];
+
+/// A string: plain if every reader takes it for one, else in quotes.
 fn scalar(text: &str) -> String {
-    let is_plain = text.starts_with(|first: char| first.is_ascii_alphanumeric() || first == '/')
-        && text.chars().all(|letter| letter.is_ascii_alphanumeric() || "._/:-".contains(letter))
-        && !text.ends_with(':');
-    // 4Gi is a string, 4 is none; true and null are words of the language.
-    let is_word =
-        !["true", "false", "null", "yes", "no", "on", "off"].contains(&text.to_lowercase().as_str());
-    match is_plain && is_word && text.parse::<f64>().is_err() {
+    let begins = text.starts_with(|first: char| first.is_ascii_alphabetic() || first == '/');
+    let letters = text.chars().all(|letter| letter.is_ascii_alphanumeric() || "._/:-".contains(letter));
+    let is_word = WORDS.contains(&text.to_lowercase().as_str()) || text.parse::<f64>().is_ok();
+    let is_name = begins && letters && !text.ends_with(':') && !is_word;
+    match is_name || is_quantity(text) {
         true => text.to_owned(),
         false if text.contains('"') && !text.contains('\'') => format!("'{text}'"),
         false => Value::from(text).to_string(),
     }
+}
+
+/// A whole number with a unit, as `4Gi`; one without is a number.
+fn is_quantity(text: &str) -> bool {
+    let unit = text.trim_start_matches(|digit: char| digit.is_ascii_digit());
+    unit.len() < text.len() && ["m", "Ki", "Mi", "Gi", "Ti"].contains(&unit)
 }
 
 #[cfg(test)]
@@ -123,18 +130,23 @@ mod tests {
     fn short_values_stay_on_their_line_and_comments_stand_before_fields() {
         let object = json!({"kind": "X", "spec": {
             "a": {"b": {"c": "4", "d": [1, true]}},
-            "list": [{"name": "x", "more": {"deep": 1}}, {"key": "y"}],
+            "list": [{"name": "x", "more": {"deep": 1}}, {"key": "yard"}],
         }});
         let mut text = String::new();
         write(&mut text, &object, &[("spec.list", "Two lines,\nwell."), ("spec.list.0.more", "This.")]);
         let expected = "kind: X\nspec:\n  a:\n    b: {c: \"4\", d: [1, true]}\n  # Two lines,\n  # well.\n  list:\n  - \
-                        name: x\n    # This.\n    more: {deep: 1}\n  - {key: y}\n";
+                        name: x\n    # This.\n    more: {deep: 1}\n  - {key: yard}\n";
         assert_eq!(text, expected);
     }
 
     fn value() -> impl Strategy<Value = Value> {
-        let text =
-            prop_oneof!["[a-z0-9.:/-]{0,6}", Just("true".to_owned()), Just("1e3".to_owned()), "[ -~]{0,6}"];
+        let text = prop_oneof![
+            "[a-z0-9.:/-]{0,6}",
+            Just("true".to_owned()),
+            Just("1e3".to_owned()),
+            Just("y".to_owned()),
+            "[ -~]{0,6}"
+        ];
         let leaf = prop_oneof![text.clone().prop_map(Value::from), any::<i32>().prop_map(Value::from)];
         leaf.prop_recursive(4, 24, 4, |inner| {
             prop_oneof![
