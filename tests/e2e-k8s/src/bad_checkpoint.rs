@@ -13,6 +13,7 @@ use tempfile::TempDir;
 use crate::{
     kubectl::Kubectl,
     namespace::{LABEL, Namespace},
+    wait::{self, LIMIT},
 };
 
 /// A claim bound to a folder of ours.
@@ -24,7 +25,7 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// Copies the bundled checkpoint, does `harm` to it, and binds a claim to it.
+    /// Copies the bundled checkpoint, does `harm` to it, and binds a claim to it; waits until it is bound.
     #[track_caller]
     pub fn of_copy(namespace: &Namespace, claim: &str, harm: impl FnOnce(&Path)) -> Self {
         let folder = checkpoints::copy();
@@ -45,6 +46,11 @@ impl Claim {
             },
         }));
         namespace.kubectl().apply(&pending(claim, &json!({"volumeName": volume, "storageClassName": ""})));
+        // The scheduler looks again at a pod with an unbound claim after up to 10 s, and says so until then.
+        wait::until(&format!("claim {claim} is bound"), LIMIT, || {
+            let bound: Value = namespace.kubectl().get(&["persistentvolumeclaim", claim])?;
+            wait::holds(bound["status"]["phase"] == "Bound", || bound["status"].to_string())
+        });
         Self { volume, claim: claim.to_owned(), _folder: folder }
     }
 

@@ -151,7 +151,8 @@ pub fn install(more: &[&str]) -> Duration {
     let chart = |name: &str| root().join("charts").join(name).display().to_string();
     let common = ["--namespace", NAMESPACE, "--wait", "--timeout", "180s"];
     let crds = chart("cadre-crds");
-    cluster().must_helm(&[&["upgrade", "--install", CRDS, &crds], &common[..]].concat());
+    // A cluster that was used before keeps the definitions, of whichever release they were.
+    cluster().must_helm(&[&["upgrade", "--install", CRDS, &crds, "--take-ownership"], &common[..]].concat());
     let operator = chart("cadre");
     let image = image_values();
     let image: Vec<&str> = image.iter().map(String::as_str).collect();
