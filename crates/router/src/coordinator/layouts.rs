@@ -117,7 +117,7 @@ struct Spread {
     epoch: PlacementEpoch,
     /// Since when; `None` while a shard is missing.
     since: Option<Instant>,
-    /// Nothing better was found.
+    /// Looked at already: the better placement was planned, or there is none.
     is_judged: bool,
 }
 
