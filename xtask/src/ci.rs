@@ -12,17 +12,18 @@ use std::{
 
 use anyhow::{Result, bail};
 
-use crate::{command, e2e, generate, interrupt, layers, metadata::Metadata, suites, tools};
+use crate::{command, e2e, generate, interrupt, kernels, layers, metadata::Metadata, suites, tools};
 
 type Gate = (&'static str, fn() -> Result<()>);
 
-const GATES: [Gate; 7] = [
+const GATES: [Gate; 8] = [
     ("fmt", fmt),
     ("layers", layers::run),
     ("clippy", clippy),
     ("generate --check", || generate::run(true)),
     ("doc", doc),
     ("deny", deny),
+    ("kernels", kernels::run),
     ("test", || suites::run(None)),
 ];
 

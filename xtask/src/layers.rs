@@ -29,7 +29,7 @@ pub(crate) const LAYERS: [&[&str]; 6] = [
         "cadre-ops",
         "cadre-k8s-api",
     ],
-    &["cadre-ops-cpu", "cadre-model", "cadre-dispatch"],
+    &["cadre-ops-cpu", "cadre-ops-cuda", "cadre-model", "cadre-dispatch"],
     &["cadre-shard", "cadre-engine"],
     &["cadre-worker", "cadre-expert", "cadre-router", "cadre-operator"],
     &["cadre"],
@@ -56,11 +56,15 @@ const PURE: [&str; 7] = [
 const FRAMEWORKS: [&str; 7] = ["tokio", "tonic", "prost", "hyper", "axum", "kube", "cudarc"];
 
 /// The only crates with `unsafe` code.
-const UNSAFE: [&str; 2] = ["cadre-mapping", "cadre-ops-cpu"];
+const UNSAFE: [&str; 3] = ["cadre-mapping", "cadre-ops-cpu", "cadre-ops-cuda"];
 
 /// Pairs that must not be connected, however indirectly: a router plans and forwards, it never computes.
-const NEVER: [(&str, &str); 3] =
-    [("cadre-router", "cadre-engine"), ("cadre-router", "cadre-model"), ("cadre-router", "cadre-ops-cpu")];
+const NEVER: [(&str, &str); 4] = [
+    ("cadre-router", "cadre-engine"),
+    ("cadre-router", "cadre-model"),
+    ("cadre-router", "cadre-ops-cpu"),
+    ("cadre-router", "cadre-ops-cuda"),
+];
 
 /// Runs the check over the workspace.
 pub(crate) fn run() -> Result<()> {

@@ -21,6 +21,7 @@ mod figures;
 mod generate;
 mod image;
 mod interrupt;
+mod kernels;
 mod layers;
 mod links;
 mod metadata;
@@ -82,6 +83,8 @@ enum Task {
         #[arg(long)]
         binary: Option<PathBuf>,
     },
+    /// Compiles the CUDA kernels (nvcc is fetched on first use) and judges their registers and memory.
+    Kernels,
     /// Runs everything that must hold before a change is merged.
     Ci,
 }
@@ -96,6 +99,7 @@ fn main() -> ExitCode {
         Task::Figures => figures::run(),
         Task::Cluster(task) => cluster::run(&task),
         Task::Image { out, binary } => image::run(out.as_deref(), binary.as_deref()),
+        Task::Kernels => kernels::run(),
         Task::Ci => ci::run(),
     };
     match outcome {

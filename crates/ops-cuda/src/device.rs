@@ -1,0 +1,527 @@
+//! The driver: a device with its kernels, memory on it and beside it, streams and events.
+//!
+//! Thin owners over `cudarc`'s result layer. Its safe layer is left aside: it records and waits for an event around
+//! every launch, which the hot path must not. The driver is looked for before any call of `cudarc`, which would panic.
+
+use std::{
+    ffi::{CString, c_void},
+    path::Path,
+    sync::Arc,
+};
+
+use cudarc::driver::{
+    result,
+    sys::{self, CUdevice_attribute, CUfunction_attribute_enum as Attribute, CUresult},
+};
+
+use crate::{
+    error::{CudaError, describe, is_out_of_memory},
+    kernels::{self, Kernel, SHARED_BYTES, TABLE},
+};
+
+/// The oldest driver that loads our machine code (1000 x major + 10 x minor).
+const DRIVER: i32 = 13_000;
+
+/// What a device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Its number among those that the driver shows.
+    pub ordinal: usize,
+    /// `NVIDIA H200`.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// Streaming multiprocessors.
+    pub multiprocessors: usize,
+    /// Bytes of memory.
+    pub memory: usize,
+}
+
+/// A device with every kernel of the table loaded.
+#[derive(Debug)]
+pub struct Device {
+    info: DeviceInfo,
+    raw: sys::CUdevice,
+    context: sys::CUcontext,
+    modules: Vec<sys::CUmodule>,
+    /// By [`Kernel`]: the function and the shared memory that a launch may ask for.
+    functions: Vec<(sys::CUfunction, usize)>,
+}
+
+// SAFETY: the driver's handles may be used by any thread; calls that need a current context set it first.
+unsafe impl Send for Device {}
+// SAFETY: as above; nothing here changes after `open`.
+unsafe impl Sync for Device {}
+
+/// Loads the driver, once it is known to be there. `Err` says what was looked for.
+fn driver() -> Result<(), CudaError> {
+    // SAFETY: opens a library and runs its initialisers, which is what a driver's library is for.
+    if !unsafe { sys::is_culib_present() } {
+        let looked_for = cudarc::get_lib_name_candidates("cuda");
+        return Err(CudaError::NoDriver { looked_for });
+    }
+    match result::init() {
+        Ok(()) => {}
+        Err(error) if error.0 == CUresult::CUDA_ERROR_NO_DEVICE => {
+            return Err(CudaError::NoDevice { ordinal: 0, count: 0 });
+        }
+        Err(error) => return Err(CudaError::failed("cuInit")(error)),
+    }
+    let mut found = 0;
+    // SAFETY: writes one integer.
+    unsafe { sys::cuDriverGetVersion(&raw mut found) }
+        .result()
+        .map_err(CudaError::failed("cuDriverGetVersion"))?;
+    if found < DRIVER { Err(CudaError::OldDriver { found }) } else { Ok(()) }
+}
+
+/// The devices that the driver shows, usable or not.
+pub fn devices() -> Result<Vec<DeviceInfo>, CudaError> {
+    driver()?;
+    (0..count()?).map(|ordinal| Ok(look_at(ordinal)?.1)).collect()
+}
+
+fn count() -> Result<usize, CudaError> {
+    let count = result::device::get_count().map_err(CudaError::failed("cuDeviceGetCount"))?;
+    Ok(usize::try_from(count).unwrap_or(0))
+}
+
+fn look_at(ordinal: usize) -> Result<(sys::CUdevice, DeviceInfo), CudaError> {
+    let count = count()?;
+    let number = i32::try_from(ordinal).ok().filter(|_| ordinal < count);
+    let Some(number) = number else { return Err(CudaError::NoDevice { ordinal, count }) };
+    let raw = result::device::get(number).map_err(CudaError::failed("cuDeviceGet"))?;
+    let attribute = |attribute| {
+        // SAFETY: the device exists.
+        unsafe { result::device::get_attribute(raw, attribute) }
+            .map_err(CudaError::failed("cuDeviceGetAttribute"))
+    };
+    let capability = (
+        attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    );
+    let multiprocessors = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+    let info = DeviceInfo {
+        ordinal,
+        name: result::device::get_name(raw).map_err(CudaError::failed("cuDeviceGetName"))?,
+        capability,
+        multiprocessors: usize::try_from(multiprocessors).unwrap_or(1),
+        // SAFETY: the device exists.
+        memory: unsafe { result::device::total_mem(raw) }.map_err(CudaError::failed("cuDeviceTotalMem"))?,
+    };
+    Ok((raw, info))
+}
+
+impl Device {
+    /// Opens `cuda:ordinal` with the kernels of a folder, or of the one that [`kernels::folder`] finds.
+    pub fn open(ordinal: usize, folder: Option<&Path>) -> Result<Arc<Self>, CudaError> {
+        driver()?;
+        let (raw, info) = look_at(ordinal)?;
+        if info.capability != (9, 0) {
+            let found = format!("{}.{}", info.capability.0, info.capability.1);
+            return Err(CudaError::Architecture { ordinal, name: info.name, found });
+        }
+        let folder = kernels::folder(folder)?;
+        // SAFETY: the device exists; released in drop.
+        let context = unsafe { result::primary_ctx::retain(raw) }
+            .map_err(CudaError::failed("cuDevicePrimaryCtxRetain"))?;
+        let mut device = Self { info, raw, context, modules: Vec::new(), functions: Vec::new() };
+        device.enter()?;
+        device.load(&folder)?;
+        Ok(Arc::new(device))
+    }
+
+    fn load(&mut self, folder: &Path) -> Result<(), CudaError> {
+        let mut modules = Vec::new();
+        for file in kernels::files() {
+            let path = folder.join(format!("{file}.cubin"));
+            let looked_in = vec![folder.to_path_buf()];
+            let bytes = std::fs::read(&path)
+                .map_err(|_| CudaError::NoKernels { file: format!("{file}.cubin"), looked_in })?;
+            // The driver reads as far as the headers of the file say, so a cut one must not reach it.
+            let wrong = |message: String| CudaError::WrongKernels { file: path.clone(), message };
+            if bytes.len() < 64 || !bytes.starts_with(b"\x7fELF") {
+                return Err(wrong("not machine code".to_owned()));
+            }
+            // SAFETY: the context is current, `bytes` is a whole ELF file that lives through the call.
+            let module = unsafe { result::module::load_data(bytes.as_ptr().cast::<c_void>()) }
+                .map_err(|error| wrong(describe(error)))?;
+            self.modules.push(module);
+            modules.push((file, path, module));
+        }
+        for entry in TABLE {
+            let module = modules.iter().find(|(file, ..)| *file == entry.file);
+            let Some((_, path, module)) = module else { continue };
+            let wrong = |message: String| CudaError::WrongKernels { file: path.clone(), message };
+            let name = CString::new(entry.name).map_err(|error| wrong(error.to_string()))?;
+            // SAFETY: the module is loaded.
+            let function = unsafe { result::module::get_function(*module, name) }
+                .map_err(|error| wrong(format!("no entry {}: {}", entry.name, describe(error))))?;
+            compare_arguments(function, entry).map_err(wrong)?;
+            let most = if entry.shared { room(function)? } else { 0 };
+            self.functions.push((function, most));
+        }
+        Ok(())
+    }
+
+    /// What the device is.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    /// Bytes (free, total) now, whoever uses them.
+    pub fn memory(&self) -> Result<(usize, usize), CudaError> {
+        self.enter()?;
+        result::mem_get_info().map_err(CudaError::failed("cuMemGetInfo"))
+    }
+
+    /// Makes the device's context the calling thread's.
+    pub(crate) fn enter(&self) -> Result<(), CudaError> {
+        // SAFETY: the context is retained as long as `self`.
+        unsafe { result::ctx::set_current(self.context) }.map_err(CudaError::failed("cuCtxSetCurrent"))
+    }
+
+    pub(crate) fn function(&self, kernel: Kernel) -> sys::CUfunction {
+        self.functions[kernel as usize].0
+    }
+
+    pub(crate) fn shared_bytes(&self, kernel: Kernel) -> usize {
+        self.functions[kernel as usize].1
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if self.enter().is_err() {
+            return;
+        }
+        for module in self.modules.drain(..) {
+            // SAFETY: loaded by us; whoever launches its functions holds the device.
+            log(unsafe { result::module::unload(module) }, "cuModuleUnload");
+        }
+        // SAFETY: retained once in `open`.
+        log(unsafe { result::primary_ctx::release(self.raw) }, "cuDevicePrimaryCtxRelease");
+    }
+}
+
+/// That the function takes what the table says, argument by argument.
+fn compare_arguments(function: sys::CUfunction, entry: &kernels::Entry) -> Result<(), String> {
+    let mut found = Vec::new();
+    // One further than the table: a function with more arguments is found out too.
+    for index in 0..=entry.args.len() {
+        let (mut offset, mut bytes) = (0, 0);
+        // SAFETY: the function is loaded; writes two integers.
+        match unsafe { sys::cuFuncGetParamInfo(function, index, &raw mut offset, &raw mut bytes) }.result() {
+            Ok(()) => found.push(bytes),
+            Err(_) => break,
+        }
+    }
+    let expected: Vec<usize> = entry.args.iter().map(|kind| kind.bytes()).collect();
+    if found == expected {
+        return Ok(());
+    }
+    Err(format!("{} takes arguments of {found:?} bytes, expected {expected:?}", entry.name))
+}
+
+/// Lets a function's launches ask for all the shared memory that there is beside its own.
+fn room(function: sys::CUfunction) -> Result<usize, CudaError> {
+    let op = "cuFuncSetAttribute";
+    // SAFETY: the function is loaded.
+    let fixed = unsafe {
+        result::function::get_function_attribute(function, Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
+    }
+    .map_err(CudaError::failed(op))?;
+    let most = SHARED_BYTES as i32 - fixed;
+    let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    // SAFETY: as above.
+    unsafe { result::function::set_function_attribute(function, attribute, most) }
+        .map_err(CudaError::failed(op))?;
+    Ok(usize::try_from(most).unwrap_or(0))
+}
+
+/// A failure that nobody can be told of any more.
+fn log(outcome: Result<(), result::DriverError>, op: &'static str) {
+    if let Err(error) = outcome {
+        tracing::warn!(target: "cadre::cuda", "{op}: {}", describe(error));
+    }
+}
+
+/// Memory on the device; freed when dropped (the driver waits for what uses it).
+#[derive(Debug)]
+pub struct Memory {
+    device: Arc<Device>,
+    address: u64,
+    bytes: usize,
+}
+
+impl Memory {
+    /// Room for `bytes` bytes with any contents.
+    pub fn new(device: &Arc<Device>, op: &'static str, bytes: usize) -> Result<Self, CudaError> {
+        device.enter()?;
+        if bytes == 0 {
+            return Ok(Self { device: device.clone(), address: 0, bytes });
+        }
+        // SAFETY: the context is current.
+        match unsafe { result::malloc_sync(bytes) } {
+            Ok(address) => Ok(Self { device: device.clone(), address, bytes }),
+            Err(error) if is_out_of_memory(error) => {
+                let free = device.memory().map_or(0, |(free, _)| free);
+                Err(CudaError::OutOfMemory { op, bytes, free })
+            }
+            Err(error) => Err(CudaError::failed(op)(error)),
+        }
+    }
+
+    /// Zeroed room; the zeroing is queued on the stream.
+    pub fn zeroed(stream: &Stream, op: &'static str, bytes: usize) -> Result<Self, CudaError> {
+        let memory = Self::new(stream.device(), op, bytes)?;
+        if bytes > 0 {
+            // SAFETY: the context is current (`new` set it), the room is as large.
+            unsafe { result::memset_d8_async(memory.address, 0, bytes, stream.raw()) }
+                .map_err(CudaError::failed(op))?;
+        }
+        Ok(memory)
+    }
+
+    /// Where it is on the device; 0 for no bytes.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// The address of a byte of it.
+    pub fn at(&self, byte: usize) -> u64 {
+        debug_assert!(byte <= self.bytes);
+        self.address + byte as u64
+    }
+
+    /// Its size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if self.address != 0 && self.device.enter().is_ok() {
+            // SAFETY: allocated by us and freed once.
+            log(unsafe { result::free_sync(self.address) }, "cuMemFree");
+        }
+    }
+}
+
+/// Pinned host memory: the device reads and writes it under the same address.
+#[derive(Debug)]
+pub struct Pinned {
+    device: Arc<Device>,
+    start: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: plain memory with one owner.
+unsafe impl Send for Pinned {}
+// SAFETY: reads through `&Pinned` only read.
+unsafe impl Sync for Pinned {}
+
+impl Pinned {
+    /// Room for `bytes` bytes, zeroed.
+    pub fn new(device: &Arc<Device>, op: &'static str, bytes: usize) -> Result<Self, CudaError> {
+        device.enter()?;
+        let mut start = std::ptr::null_mut();
+        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        // SAFETY: the context is current; at least one byte is asked.
+        let outcome = unsafe { sys::cuMemHostAlloc(&raw mut start, bytes.max(1), flags) }.result();
+        outcome.map_err(CudaError::failed(op))?;
+        // SAFETY: just allocated with that many bytes; the device has not seen it.
+        unsafe { start.cast::<u8>().write_bytes(0, bytes) };
+        Ok(Self { device: device.clone(), start: start.cast(), bytes })
+    }
+
+    /// The address, for the host and (64-bit Linux maps both alike) for the device.
+    pub fn address(&self) -> u64 {
+        self.start as u64
+    }
+
+    /// Its bytes. The caller knows that the device does not write them now.
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: allocated with that many bytes, initialised in `new`.
+        unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
+    }
+
+    /// Its bytes. The caller knows that the device does not use them now.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and `&mut self` is the only owner.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.device.enter().is_ok() {
+            // SAFETY: allocated by us and freed once; the driver waits for what uses it.
+            log(unsafe { sys::cuMemFreeHost(self.start.cast()) }.result(), "cuMemFreeHost");
+        }
+    }
+}
+
+/// An ordered stream of work on a device.
+#[derive(Debug)]
+pub struct Stream {
+    device: Arc<Device>,
+    raw: sys::CUstream,
+}
+
+// SAFETY: the driver allows any thread; order among threads is the owner's.
+unsafe impl Send for Stream {}
+// SAFETY: calls through `&Stream` only queue.
+unsafe impl Sync for Stream {}
+
+impl Stream {
+    /// A stream that waits for no other.
+    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        device.enter()?;
+        let raw = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(CudaError::failed("cuStreamCreate"))?;
+        Ok(Self { device: device.clone(), raw })
+    }
+
+    /// Its device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    pub(crate) fn raw(&self) -> sys::CUstream {
+        self.raw
+    }
+
+    /// Waits for everything queued so far.
+    pub fn synchronize(&self, op: &'static str) -> Result<(), CudaError> {
+        self.device.enter()?;
+        // SAFETY: the stream lives.
+        unsafe { result::stream::synchronize(self.raw) }.map_err(CudaError::failed(op))
+    }
+
+    /// An event that is done when everything queued so far is.
+    pub fn record(&self, op: &'static str) -> Result<Event, CudaError> {
+        self.device.enter()?;
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
+        let raw = result::event::create(flags).map_err(CudaError::failed(op))?;
+        let event = Event { device: self.device.clone(), raw };
+        // SAFETY: both live.
+        unsafe { result::event::record(event.raw, self.raw) }.map_err(CudaError::failed(op))?;
+        Ok(event)
+    }
+
+    /// What is queued from here on runs after the event.
+    pub fn run_after(&self, event: &Event, op: &'static str) -> Result<(), CudaError> {
+        self.device.enter()?;
+        // SAFETY: both live; the driver keeps what it needs of the event.
+        unsafe { sys::cuStreamWaitEvent(self.raw, event.raw, 0) }.result().map_err(CudaError::failed(op))
+    }
+
+    /// Host memory to the device. Of pageable memory the driver has a copy when this returns; pinned memory must stay
+    /// as it is until the copy has run.
+    pub fn upload(&self, op: &'static str, from: &[u8], to: u64) -> Result<(), CudaError> {
+        if from.is_empty() {
+            return Ok(());
+        }
+        self.device.enter()?;
+        // SAFETY: `to` is the caller's; the source's life is as said above.
+        unsafe { result::memcpy_htod_async(to, from, self.raw) }.map_err(CudaError::failed(op))
+    }
+
+    /// Device memory to pinned memory at `to`; it must stay until the copy has run.
+    pub fn download(&self, op: &'static str, from: u64, to: u64, bytes: usize) -> Result<(), CudaError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.device.enter()?;
+        // SAFETY: both addresses are the caller's.
+        unsafe { sys::cuMemcpyDtoHAsync_v2(to as *mut c_void, from, bytes, self.raw) }
+            .result()
+            .map_err(CudaError::failed(op))
+    }
+
+    /// Device to device.
+    pub fn copy(&self, op: &'static str, from: u64, to: u64, bytes: usize) -> Result<(), CudaError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.device.enter()?;
+        // SAFETY: both addresses are the caller's.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.raw) }.map_err(CudaError::failed(op))
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.device.enter().is_ok() {
+            // What is queued may use memory that its owners drop right after.
+            // SAFETY: made by us; destroyed once.
+            unsafe {
+                log(result::stream::synchronize(self.raw), "cuStreamSynchronize");
+                log(result::stream::destroy(self.raw), "cuStreamDestroy");
+            }
+        }
+    }
+}
+
+/// A point in a stream.
+#[derive(Debug)]
+pub struct Event {
+    device: Arc<Device>,
+    raw: sys::CUevent,
+}
+
+// SAFETY: the driver allows any thread.
+unsafe impl Send for Event {}
+// SAFETY: as above.
+unsafe impl Sync for Event {}
+
+impl Event {
+    /// Whether the point is reached.
+    pub fn is_done(&self, op: &'static str) -> Result<bool, CudaError> {
+        self.device.enter()?;
+        // SAFETY: the event lives.
+        match unsafe { result::event::query(self.raw) } {
+            Ok(()) => Ok(true),
+            Err(error) if error.0 == CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            Err(error) => Err(CudaError::failed(op)(error)),
+        }
+    }
+
+    /// Waits until it is.
+    pub fn wait(&self, op: &'static str) -> Result<(), CudaError> {
+        self.device.enter()?;
+        // SAFETY: the event lives.
+        unsafe { result::event::synchronize(self.raw) }.map_err(CudaError::failed(op))
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.device.enter().is_ok() {
+            // SAFETY: made by us; destroyed once.
+            log(unsafe { result::event::destroy(self.raw) }, "cuEventDestroy");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    /// On a machine without a driver the error says so; with one, device 4,096 is not there.
+    #[test]
+    fn a_device_that_is_not_there_is_an_error() {
+        match Device::open(4096, None).unwrap_err() {
+            CudaError::NoDriver { looked_for } => {
+                assert!(looked_for.iter().any(|name| name == "libcuda.so.1"), "{looked_for:?}");
+            }
+            CudaError::NoDevice { ordinal, count } => assert!(ordinal >= count),
+            CudaError::OldDriver { found } => assert!(found < DRIVER),
+            other => panic!("{other}"),
+        }
+    }
+}
