@@ -12,12 +12,13 @@
 //! happens after a restart: [`layouts`]. Without a placement members get no view and wait.
 //!
 //! **The operator** keeps one `Operate` stream open: its whole view in ([`pods`] says what follows for
-//! members), the whole status out, at once and then at most every [`STATUS_INTERVAL`]. A newer stream
+//! members), the whole status out, at once and then at most every [`owner::STATUS_INTERVAL`]. A newer stream
 //! replaces an older one. Without an operator (`cadre up`, or while it is away) everything goes on.
 
 mod coverage;
 mod layouts;
 mod load_window;
+mod owner;
 mod plan;
 mod pods;
 mod report;
@@ -26,11 +27,11 @@ mod state;
 
 use std::{sync::Arc, time::Duration};
 
-use cadre_placement::{ExpertLoad, explain};
+use cadre_placement::ExpertLoad;
 use cadre_proto::v1;
 use cadre_telemetry::Readiness;
 use cadre_types::{ClusterView, Generation, Layout, Member, MemberId, MemberState, OperatorView, Role};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::Instant,
@@ -41,19 +42,14 @@ pub(crate) use plan::{Planner, layout, read_layout};
 pub(crate) use service::CoordinatorService;
 
 use crate::metrics::RouterMetrics;
-use layouts::{Change, Layouts};
+use layouts::Layouts;
+use owner::Owner;
 use report::MemberReport;
-use state::{ConnectionId, Effect, Loss, Refusal, State};
+use state::{ConnectionId, State};
 
 /// Commands that may wait for the owner. Each of a few hundred members has at most one report and one
 /// goodbye on the way, because a stream's reader waits until its report is taken.
 const COMMAND_QUEUE: usize = 1024;
-
-/// How often imbalance is computed from the load window.
-const IMBALANCE_INTERVAL: Duration = Duration::from_secs(5);
-
-/// Least time between two statuses for the operator, after the first.
-const STATUS_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Work that a worker reports.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,13 +84,20 @@ pub struct WorkerTable {
     pub workers: Vec<WorkerEntry>,
 }
 
-/// A view in both of its forms; encoded once, sent to all.
+/// A view in both of its forms; each member's stream clones and encodes the second.
 #[derive(Debug)]
 pub(crate) struct PublishedView {
     /// For this process.
     pub(crate) view: ClusterView,
     /// For members.
     pub(crate) wire: v1::ClusterView,
+}
+
+impl PublishedView {
+    fn new(view: ClusterView) -> Arc<Self> {
+        let wire = v1::ClusterView::from(&view);
+        Arc::new(Self { view, wire })
+    }
 }
 
 /// What the owner is asked to do.
@@ -129,15 +132,6 @@ struct Operating {
     statuses: watch::Receiver<Arc<v1::CoordinatorStatus>>,
     /// As for members.
     ended: oneshot::Receiver<Status>,
-}
-
-/// The owner's side of it.
-struct Operator {
-    stream: OperatorStream,
-    statuses: watch::Sender<Arc<v1::CoordinatorStatus>>,
-    end: oneshot::Sender<Status>,
-    /// When the next status may be sent.
-    due: Instant,
 }
 
 /// How a coordinator is set up.
@@ -201,19 +195,10 @@ impl Coordinator {
     ) -> (Self, tokio::task::JoinHandle<()>) {
         // A plan that need not wait for anybody is there before anybody asks.
         state.advance(Instant::now());
-        let (views_sender, views) = watch::channel(state.view().map(publish));
+        let (views_sender, views) = watch::channel(state.view().map(PublishedView::new));
         let (workers_sender, workers) = watch::channel(Arc::new(state.worker_table()));
         let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
-        let owner = Owner {
-            state,
-            views: views_sender,
-            workers: workers_sender,
-            readiness,
-            metrics,
-            operator: None,
-            operator_streams: 0,
-            imbalance: None,
-        };
+        let owner = Owner::new(state, views_sender, workers_sender, readiness, metrics);
         let task = tokio::spawn(owner.run(inbox));
         (Self { commands, views, workers }, task)
     }
@@ -249,333 +234,8 @@ impl Coordinator {
     }
 }
 
-fn publish(view: ClusterView) -> Arc<PublishedView> {
-    let wire = v1::ClusterView::from(&view);
-    Arc::new(PublishedView { view, wire })
-}
-
-/// The owner of the state.
-struct Owner {
-    state: State,
-    views: watch::Sender<Option<Arc<PublishedView>>>,
-    workers: watch::Sender<Arc<WorkerTable>>,
-    readiness: Readiness,
-    metrics: RouterMetrics,
-    operator: Option<Operator>,
-    operator_streams: u64,
-    /// Of the last look at the load window.
-    imbalance: Option<f64>,
-}
-
-impl Owner {
-    async fn run(mut self, mut inbox: mpsc::Receiver<Command>) {
-        let mut imbalance = tokio::time::interval(IMBALANCE_INTERVAL);
-        imbalance.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        self.publish_view();
-        loop {
-            let now = Instant::now();
-            let expiry = self.state.next_expiry(now);
-            let status = self.operator.as_ref().map(|operator| operator.due);
-            tokio::select! {
-                command = inbox.recv() => match command {
-                    Some(command) => self.take(command),
-                    None => return,
-                },
-                () = sleep_until(expiry) => {
-                    let lost = self.state.expire(Instant::now());
-                    self.lost(lost);
-                }
-                () = sleep_until(status) => self.tell_operator(),
-                _ = imbalance.tick() => self.measure(),
-            }
-            self.advance();
-        }
-    }
-
-    fn take(&mut self, command: Command) {
-        let now = Instant::now();
-        match command {
-            Command::Join { report, reply } => self.join(now, report, reply),
-            Command::Report { connection, report } => match self.state.report(now, connection, report) {
-                Ok(effect) => self.publish(effect),
-                Err(refusal) => {
-                    self.count_refusal(&refusal);
-                    self.refuse(connection, refusal.into());
-                }
-            },
-            Command::Refused { connection, status } => {
-                self.metrics.members_refused.with(&["malformed"]).inc();
-                self.refuse(connection, status);
-            }
-            Command::Leave { connection } => {
-                let lost = self.state.leave(connection);
-                self.lost(lost.into_iter().collect());
-            }
-            Command::Operate { view, reply } => self.operate(now, &view, reply),
-            Command::OperatorView { stream, view } => {
-                if self.is_operator(stream) {
-                    self.take_operator_view(now, &view);
-                }
-            }
-            Command::OperatorGone { stream } => {
-                if self.is_operator(stream) {
-                    self.operator = None;
-                    tracing::info!("the operator has left; its last view stays");
-                }
-            }
-            Command::LayoutFile { layout } => match self.operator {
-                Some(_) => tracing::info!(?layout, "layout file changed; the operator's view counts"),
-                None => self.state.want(layout),
-            },
-            // A receiver that is gone does not want the answer any more.
-            Command::ExpertLoad { reply } => drop(reply.send(self.state.expert_load(now))),
-            Command::Describe { reply } => drop(reply.send(self.describe())),
-        }
-    }
-
-    fn join(&mut self, now: Instant, report: MemberReport, reply: oneshot::Sender<Result<Joined, Status>>) {
-        let member = report.member.clone();
-        let (end, ended) = oneshot::channel();
-        match self.state.join(now, report, end) {
-            Ok((connection, replaced)) => {
-                tracing::info!(id = %member.id, role = %member.role, address = %member.address, "member joined");
-                self.lost(replaced.into_iter().collect());
-                // What the member brings along may decide the view that it gets first.
-                self.advance();
-                self.publish(Effect::View);
-                let joined = Joined { connection, views: self.views.subscribe(), ended };
-                if reply.send(Ok(joined)).is_err() {
-                    let lost = self.state.leave(connection);
-                    self.lost(lost.into_iter().collect());
-                }
-            }
-            Err(refusal) => {
-                self.count_refusal(&refusal);
-                tracing::warn!(id = %member.id, role = %member.role, %refusal, "member refused");
-                // The member may be gone already; it is not registered either way.
-                let _ = reply.send(Err(refusal.into()));
-            }
-        }
-    }
-
-    fn count_refusal(&self, refusal: &Refusal) {
-        self.metrics.members_refused.with(&[refusal.name()]).inc();
-    }
-
-    fn refuse(&mut self, connection: ConnectionId, status: Status) {
-        let lost = self.state.refuse(connection, status);
-        self.lost(lost.into_iter().collect());
-    }
-
-    fn lost(&mut self, lost: Vec<Loss>) {
-        if lost.is_empty() {
-            return;
-        }
-        for loss in lost {
-            tracing::warn!(id = %loss.member.id, role = %loss.member.role, cause = loss.cause.name(), "member left");
-            self.metrics.members_lost.with(&[loss.cause.name()]).inc();
-            // The stream may have ended by itself.
-            let _ = loss.end.send(loss.cause.status(&loss.member));
-        }
-        self.publish(Effect::View);
-    }
-
-    // --- the operator ----------------------------------------------------------------------------
-
-    fn operate(&mut self, now: Instant, view: &OperatorView, reply: oneshot::Sender<Operating>) {
-        self.operator_streams += 1;
-        let stream = OperatorStream(self.operator_streams);
-        tracing::info!(pods = view.pods.len(), layout = ?view.layout, "an operator is here");
-        self.take_operator_view(now, view);
-        self.advance();
-        let (statuses, receiver) = watch::channel(Arc::new(self.status(now)));
-        let (end, ended) = oneshot::channel();
-        let operator = Operator { stream, statuses, end, due: now + STATUS_INTERVAL };
-        if let Some(older) = self.operator.replace(operator) {
-            // It may have ended by itself.
-            let _ = older.end.send(Status::aborted("a newer operator stream has taken over"));
-        }
-        if reply.send(Operating { stream, statuses: receiver, ended }).is_err() {
-            self.operator = None;
-        }
-    }
-
-    fn is_operator(&self, stream: OperatorStream) -> bool {
-        self.operator.as_ref().is_some_and(|operator| operator.stream == stream)
-    }
-
-    fn take_operator_view(&mut self, now: Instant, view: &OperatorView) {
-        let lost = self.state.operate(now, view);
-        self.lost(lost);
-        self.publish(Effect::View);
-    }
-
-    fn status(&self, now: Instant) -> v1::CoordinatorStatus {
-        (&self.state.status(now, self.imbalance, self.readiness.is_ready())).into()
-    }
-
-    /// Sends the status if it differs from the last one.
-    fn tell_operator(&mut self) {
-        let now = Instant::now();
-        let status = Arc::new(self.status(now));
-        if let Some(operator) = &mut self.operator {
-            operator.due = now + STATUS_INTERVAL;
-            operator.statuses.send_if_modified(|last| {
-                let changed = *last != status;
-                *last = status;
-                changed
-            });
-        }
-    }
-
-    // --- what others see -------------------------------------------------------------------------
-
-    /// Moves placements on and says so.
-    fn advance(&mut self) {
-        let changes = self.state.advance(Instant::now());
-        if changes.is_empty() {
-            return;
-        }
-        let layouts = self.state.layouts();
-        let epoch = layouts.in_force().map_or(0, |placement| placement.epoch().0);
-        let next = layouts.next().map(|next| next.epoch().0);
-        for change in changes {
-            let (outcome, what) = match change {
-                Change::Planned => ("planned", "a placement is being prepared"),
-                Change::InForce => ("in_force", "a placement is in force"),
-                Change::GivenUp => ("given_up", "a placement was given up for another layout"),
-                Change::Settled => ("settled", "nobody uses older placements any more"),
-            };
-            self.metrics.layout_changes.with(&[outcome]).inc();
-            tracing::info!(epoch, next, layout = ?layouts.layout(), wanted = ?layouts.wanted(), "{what}");
-        }
-        self.publish(Effect::View);
-    }
-
-    fn publish(&self, effect: Effect) {
-        match effect {
-            Effect::Nothing => {}
-            Effect::Load => drop(self.workers.send_replace(Arc::new(self.state.worker_table()))),
-            Effect::View => {
-                self.workers.send_replace(Arc::new(self.state.worker_table()));
-                self.publish_view();
-            }
-        }
-    }
-
-    fn publish_view(&self) {
-        let members = self.state.shown_members();
-        for role in ["prefill", "decode", "both", "expert"] {
-            for state in ["starting", "ready", "draining"] {
-                let count = members.iter().filter(|m| labels(m) == (role, state)).count();
-                self.metrics.members.with(&[role, state]).set(count as f64);
-            }
-        }
-        let layouts = self.state.layouts();
-        self.metrics.epoch.set(self.state.generation().epoch.0 as f64);
-        self.metrics.oldest_epoch.set(layouts.oldest().0 as f64);
-        let (prepared, shards) = self.state.prepared();
-        self.metrics.next_shards.with(&["prepared"]).set(prepared as f64);
-        self.metrics.next_shards.with(&["all"]).set(shards as f64);
-        let coverage = self.state.coverage();
-        self.metrics.uncovered_experts.set(coverage.uncovered as f64);
-        self.metrics.at_risk_experts.set(coverage.at_risk as f64);
-        self.views.send_replace(self.state.view().map(publish));
-    }
-
-    /// What is measured by the clock: imbalance of the load window, age of the operator's view.
-    fn measure(&mut self) {
-        let now = Instant::now();
-        let age = self.state.operator_seen().map_or(-1.0, |at| (now - at).as_secs_f64());
-        self.metrics.operator_view_age.set(age);
-        let load = self.state.expert_load(now);
-        let Some(placement) = self.state.placement() else { return };
-        let report = match explain(placement, &load) {
-            Ok(report) => report,
-            // Both are built from the same layers and experts.
-            Err(error) => return tracing::error!(%error, "imbalance of the placement in force"),
-        };
-        let (mut weighted, mut total) = (0.0, 0.0);
-        for layer in report.layers {
-            let tokens: f64 = layer.tokens_per_shard.iter().sum();
-            weighted += layer.imbalance * tokens;
-            total += tokens;
-            let name = layer.layer.0.to_string();
-            self.metrics.imbalance.with(&[&name]).set(layer.imbalance);
-        }
-        self.imbalance = (total > 0.0).then(|| weighted / total);
-    }
-
-    fn describe(&self) -> Value {
-        let view = self.state.view();
-        let generation = self.state.generation();
-        let layouts = self.state.layouts();
-        let members: Vec<Value> = self
-            .state
-            .shown_members()
-            .iter()
-            .map(|member| {
-                let (role, state) = labels(member);
-                let shard = match member.role {
-                    Role::Expert(shard) => Some(shard.0),
-                    _ => None,
-                };
-                json!({
-                    "id": member.id, "role": role, "shard": shard, "state": state,
-                    "address": member.address,
-                    "loading": self.state.loading(&member.id).map(|loading| json!({
-                        "bytes_read": loading.bytes_read, "bytes_expected": loading.bytes_expected,
-                    })),
-                })
-            })
-            .collect();
-        let uncovered = match &view {
-            Some(view) => uncovered(view),
-            None => Some(NO_PLACEMENT.to_owned()),
-        };
-        let status = self.state.status(Instant::now(), self.imbalance, self.readiness.is_ready());
-        json!({
-            "model_hash": generation.model.to_string(),
-            "numerics": generation.numerics.name(),
-            "epoch": generation.epoch.0,
-            "oldest_epoch": layouts.oldest().0,
-            "shards": view.as_ref().map_or(0, |view| view.placement.num_shards()),
-            "layout": layouts.layout(),
-            "next": status.next.map(|next| json!({
-                "layout": next.layout, "epoch": next.epoch, "waiting_for": next.waiting_for,
-            })),
-            "covered": uncovered.is_none(),
-            "uncovered": uncovered,
-            "at_risk_experts": status.coverage.at_risk,
-            "members": members,
-        })
-    }
-}
-
 /// Said where a placement is missing.
 pub(crate) const NO_PLACEMENT: &str = "no placement yet: the coordinator waits for shards";
-
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
-    }
-}
-
-fn labels(member: &Member) -> (&'static str, &'static str) {
-    let role = match member.role {
-        Role::Prefill => "prefill",
-        Role::Decode => "decode",
-        Role::Both => "both",
-        Role::Expert(_) => "expert",
-    };
-    let state = match member.state {
-        MemberState::Starting => "starting",
-        MemberState::Ready => "ready",
-        MemberState::Draining => "draining",
-    };
-    (role, state)
-}
 
 /// The first expert without a ready copy, in words; `None` when all are covered.
 pub(crate) fn uncovered(view: &ClusterView) -> Option<String> {

@@ -8,7 +8,12 @@ use cadre_types::{
 
 use cadre_placement::LayerLoad;
 
-use super::{layouts::Stamp, *};
+use super::{
+    layouts::Stamp,
+    owner::{IMBALANCE_INTERVAL, STATUS_INTERVAL},
+    state::{Effect, Refusal},
+    *,
+};
 
 const LEASE: Duration = Duration::from_secs(3);
 
