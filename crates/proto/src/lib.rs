@@ -5,6 +5,7 @@
 //! [`convert`] is the only place where a wire number becomes a type, and refuses what it does not know.
 
 pub mod convert;
+pub mod secret;
 
 /// Package `cadre.v1`.
 #[allow(

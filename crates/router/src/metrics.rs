@@ -93,13 +93,16 @@ const MEMBERS_LOST: MetricSpec = MetricSpec {
     name: "cadre_router_members_lost_total",
     kind: MetricKind::Counter,
     help: "Members removed, by cause.",
-    labels: &[Label::OneOf("cause", &["lease", "closed", "replaced", "refused", "pod_gone"])],
+    labels: &[Label::OneOf("cause", &["lease", "closed", "replaced", "refused", "pod_gone", "stranger"])],
 };
 const MEMBERS_REFUSED: MetricSpec = MetricSpec {
     name: "cadre_router_members_refused_total",
     kind: MetricKind::Counter,
     help: "Registrations and reports refused, by reason; generation is another checkpoint or numerics class.",
-    labels: &[Label::OneOf("reason", &["generation", "shard", "pod_gone", "malformed", "gone"])],
+    labels: &[Label::OneOf(
+        "reason",
+        &["generation", "shard", "pod_gone", "stranger", "full", "malformed", "gone"],
+    )],
 };
 const OLDEST_EPOCH: MetricSpec = MetricSpec {
     name: "cadre_router_oldest_epoch",

@@ -99,7 +99,8 @@ pub struct Layout {
 pub struct OperatorView {
     /// The layout wanted.
     pub layout: Layout,
-    /// Every pod of the model that exists, sorted by uid. A member whose pod is not among them is gone.
+    /// Every pod of the model that exists, sorted by uid. A member whose pod is not among them is gone, or a
+    /// stranger. An empty list says nothing.
     pub pods: Vec<PodView>,
 }
 
@@ -113,6 +114,8 @@ pub struct PodView {
     pub domain: Option<String>,
     /// The pod is going away (deletion asked for, or about to be): it gets no new work.
     pub withdrawn: bool,
+    /// Its addresses (`status.podIPs`), empty before it has any.
+    pub ips: Vec<String>,
 }
 
 /// What the coordinator tells the operator, whole on every change.
@@ -158,6 +161,8 @@ pub struct MemberStatus {
     pub loading: Option<LoadProgress>,
     /// Sequences it has, running and waiting (workers).
     pub sequences: u32,
+    /// Why the operator does not know it; `None` if it does, or before there was a view.
+    pub stranger: Option<String>,
 }
 
 /// Progress of loading weights.

@@ -138,6 +138,19 @@ pub enum GenerationMismatch {
     },
 }
 
+impl GenerationMismatch {
+    /// As the peer is told: the hash of our checkpoint stays here, or everybody who asks wrongly could answer
+    /// rightly the next time. Our own log has both.
+    pub fn to_peer(&self) -> String {
+        match self {
+            Self::Model { theirs, .. } => {
+                format!("model hash {theirs} is not ours: you serve another checkpoint")
+            }
+            Self::Numerics { .. } | Self::Epoch { .. } => self.to_string(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,6 +172,17 @@ mod tests {
             assert!(ours.check_weights(&theirs).is_err());
             assert_eq!(ours.check(&theirs), ours.check_weights(&theirs));
         }
+    }
+
+    #[test]
+    fn a_peer_is_told_its_own_hash_only() {
+        let (ours, theirs) = (ModelHash([1; 16]), ModelHash([2; 16]));
+        let mismatch = GenerationMismatch::Model { ours, theirs };
+        assert!(mismatch.to_string().contains(&ours.to_string()), "the log has both");
+        let told = mismatch.to_peer();
+        assert!(told.contains(&theirs.to_string()) && !told.contains(&ours.to_string()), "{told}");
+        let numerics = GenerationMismatch::Numerics { ours: NumericsClass::Bf16, theirs: NumericsClass::Fp8 };
+        assert_eq!(numerics.to_peer(), numerics.to_string());
     }
 
     #[test]

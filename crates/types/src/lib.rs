@@ -5,6 +5,7 @@
 //!
 //! Read [`config::ModelConfig`] first, then [`placement::Placement`].
 
+pub mod address;
 pub mod cluster;
 pub mod config;
 pub mod generation;
@@ -12,6 +13,7 @@ pub mod ids;
 pub mod placement;
 pub mod sampling;
 
+pub use address::{AddressError, HostPort};
 pub use cluster::{
     ClusterView, CoordinatorStatus, Coverage, CoverageExample, Layout, LoadProgress, Member, MemberId,
     MemberState, MemberStatus, NextLayout, OperatorView, PodRef, PodView, Role,

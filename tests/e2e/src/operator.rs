@@ -14,10 +14,10 @@ pub struct Operator {
     last: Option<v1::CoordinatorStatus>,
 }
 
-/// A pod on a node.
+/// A pod on a node, whose process listens on loopback.
 pub fn pod(name: &str, node: &str) -> v1::PodView {
     let pod = Some(v1::PodRef { name: name.into(), uid: format!("uid-{name}") });
-    v1::PodView { pod, domain: node.into(), withdrawn: false }
+    v1::PodView { pod, domain: node.into(), withdrawn: false, ips: vec!["127.0.0.1".into()] }
 }
 
 impl Operator {

@@ -17,6 +17,7 @@ pub(super) fn view(facts: &Facts<'_>, layout: Layout, victims: &[Victim]) -> Ope
             domain: facts.domain(pod).map(str::to_owned),
             withdrawn: victims.iter().any(|victim| victim.uid == pod.uid())
                 || (pod.is_terminating() && !facts.is_on_silent_node(pod)),
+            ips: Vec::new(),
         })
         .collect();
     pods.sort_by(|a, b| a.pod.uid.cmp(&b.pod.uid));

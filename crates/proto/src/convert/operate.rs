@@ -14,6 +14,9 @@ const MAX_NAME_BYTES: usize = 256;
 /// Most pods of one model: every shard index twice (a rolling replacement), and as many workers.
 const MAX_PODS: usize = 4 * 65_536;
 
+/// Most addresses of one pod: Kubernetes gives one per family.
+const MAX_IPS: usize = 8;
+
 fn bounded(text: &str, least: usize, field: &'static str) -> Result<(), ConvertError> {
     if (least..=MAX_NAME_BYTES).contains(&text.len()) {
         return Ok(());
@@ -73,6 +76,7 @@ impl From<&t::OperatorView> for v1::OperatorView {
             pod: Some((&pod.pod).into()),
             domain: pod.domain.clone().unwrap_or_default(),
             withdrawn: pod.withdrawn,
+            ips: pod.ips.clone(),
         });
         Self { layout: Some(view.layout.into()), pods: pods.collect() }
     }
@@ -89,10 +93,16 @@ impl TryFrom<&v1::OperatorView> for t::OperatorView {
         }
         let pod = |pod: &v1::PodView| {
             bounded(&pod.domain, 0, "operator_view.pods.domain")?;
+            if pod.ips.len() > MAX_IPS {
+                let problem = format!("{} addresses, at most {MAX_IPS}", pod.ips.len());
+                return Err(ConvertError::Invalid { field: "operator_view.pods.ips", problem });
+            }
+            pod.ips.iter().try_for_each(|ip| bounded(ip, 1, "operator_view.pods.ips"))?;
             Ok(t::PodView {
                 pod: required(pod.pod.as_ref(), "operator_view.pods.pod")?.try_into()?,
                 domain: Some(pod.domain.clone()).filter(|domain| !domain.is_empty()),
                 withdrawn: pod.withdrawn,
+                ips: pod.ips.clone(),
             })
         };
         let mut pods = wire.pods.iter().map(pod).collect::<Result<Vec<_>, ConvertError>>()?;
@@ -124,6 +134,7 @@ impl From<&t::CoordinatorStatus> for v1::CoordinatorStatus {
             applied_epoch: member.applied.0,
             loading: member.loading.map(v1::LoadProgress::from),
             sequences: member.sequences,
+            stranger: member.stranger.clone().unwrap_or_default(),
         });
         let next = status.next.as_ref().map(|next| v1::NextLayout {
             layout: Some(next.layout.into()),
@@ -153,6 +164,7 @@ impl TryFrom<&v1::CoordinatorStatus> for t::CoordinatorStatus {
                 applied: t::PlacementEpoch(status.applied_epoch),
                 loading: status.loading.map(t::LoadProgress::from),
                 sequences: status.sequences,
+                stranger: Some(status.stranger.clone()).filter(|why| !why.is_empty()),
             })
         };
         let next = |next: &v1::NextLayout| {

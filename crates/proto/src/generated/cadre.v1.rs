@@ -1985,7 +1985,8 @@ pub struct Layout {
 pub struct OperatorView {
     #[prost(message, optional, tag = "1")]
     pub layout: ::core::option::Option<Layout>,
-    /// Every pod of the model that exists; a member whose pod is not among them is gone.
+    /// Every pod of the model that exists; a member whose pod is not among them is gone, or a stranger. An empty
+    /// list says nothing: the pods of the view before stay.
     #[prost(message, repeated, tag = "2")]
     pub pods: ::prost::alloc::vec::Vec<PodView>,
 }
@@ -1999,6 +2000,9 @@ pub struct PodView {
     /// The pod is going away: it gets no new work.
     #[prost(bool, tag = "3")]
     pub withdrawn: bool,
+    /// Its addresses (status.podIPs), empty before it has any. A member of the pod must be at one of them.
+    #[prost(string, repeated, tag = "4")]
+    pub ips: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CoordinatorStatus {
@@ -2045,6 +2049,10 @@ pub struct MemberStatus {
     /// Workers: running and waiting.
     #[prost(uint32, tag = "5")]
     pub sequences: u32,
+    /// Why the operator does not know this member (its last view names no such pod, or another address); empty
+    /// if it does, or before there was a view.
+    #[prost(string, tag = "6")]
+    pub stranger: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Coverage {

@@ -13,10 +13,11 @@
 //!
 //! **Epochs.** One epoch never means two placements: every plan takes a number above all that were ever
 //! seen. State is soft, so after a restart numbers and placement come from the members. The first whole
-//! placement that a member reports is taken over (a restart moves nothing), a later epoch of another one
-//! replaces it; whatever epoch is reported without its placement is passed. For [`SETTLE`] after that
-//! nothing is planned and nothing is dropped, because members with a later epoch may still be on their way
-//! back.
+//! placement that a member reports is taken over (a restart moves nothing). For [`SETTLE`] after that nothing is
+//! planned and nothing is dropped, because others may still be on their way back, and until then another
+//! placement replaces it if more shards hold that, or as many and its epoch is later: a single worker from
+//! another cluster outweighs no shard. Then, or once a placement of our own has come into force, it is
+//! *confirmed*, and no report replaces it any more. Whatever epoch is reported without being taken over is passed.
 //!
 //! Pure: time and facts come in, so every rule is tested without a clock.
 
@@ -89,6 +90,24 @@ pub(super) enum Change {
     Settled,
 }
 
+/// What the placement in force rests on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// Our own first plan, which nobody holds: any member knows better.
+    Planned,
+    /// Members hold it, and those that hold another may still be on their way until then.
+    Held(Instant),
+    /// Nobody can know better.
+    Confirmed,
+}
+
+/// How many shards hold what a report names, and how many hold what is in force.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Holders {
+    pub(super) reported: usize,
+    pub(super) in_force: usize,
+}
+
 /// The state machine.
 #[derive(Debug)]
 pub(super) struct Layouts {
@@ -97,8 +116,7 @@ pub(super) struct Layouts {
     wait: Duration,
     wanted: Layout,
     in_force: Option<Placed>,
-    /// The placement in force is not only our own first plan: some member holds it.
-    confirmed: bool,
+    standing: Standing,
     next: Option<Placed>,
     oldest: PlacementEpoch,
     last_epoch: u64,
@@ -128,7 +146,7 @@ impl Layouts {
             wait,
             wanted,
             in_force: None,
-            confirmed: false,
+            standing: Standing::Planned,
             next: None,
             oldest: PlacementEpoch(0),
             last_epoch: 0,
@@ -189,36 +207,61 @@ impl Layouts {
         self.in_force().map_or(PlacementEpoch(0), |placement| placement.epoch())
     }
 
+    /// Whether a whole placement in a report can be one. Says why not.
+    pub(super) fn check(&self, applied: Stamp, whole: &Placement) -> Result<(), String> {
+        if Stamp::of(whole) != applied {
+            return Err(format!("{} with another digest than the report names", whole.epoch()));
+        }
+        self.planner.fits(whole)
+    }
+
     /// Learns from what a member has applied (module header). True if the view changed.
-    pub(super) fn adopt(&mut self, now: Instant, applied: Stamp, whole: Option<&Placement>) -> bool {
+    pub(super) fn adopt(
+        &mut self,
+        now: Instant,
+        applied: Stamp,
+        whole: Option<&Placement>,
+        holders: Holders,
+    ) -> bool {
         let Stamp { epoch, digest } = applied;
         if epoch.0 == 0 {
             return false;
         }
-        let whole =
-            whole.filter(|whole| Stamp::of(whole) == applied).filter(|whole| self.planner.fits(whole));
+        let whole = whole.filter(|whole| self.check(applied, whole).is_ok());
         let ours = self.in_force().map(|placement| Stamp::of(placement));
         let known = self.last_epoch;
         self.last_epoch = known.max(epoch.0);
         let Some(ours) = ours else {
             let Some(whole) = whole else { return false };
-            self.take_over(now, whole);
+            self.take_over(now, whole.clone());
             return true;
         };
-        if ours == applied {
-            self.confirmed = true;
-            return false;
-        }
         if ours.digest == digest {
+            self.held(now);
             if epoch > ours.epoch {
                 self.relabel(epoch);
-                self.confirmed = true;
                 return true;
             }
             return false;
         }
+        let replaces = match self.standing {
+            Standing::Planned => true,
+            Standing::Held(until) => {
+                let Holders { reported, in_force } = holders;
+                now < until && (reported > in_force || (reported == in_force && epoch > ours.epoch))
+            }
+            Standing::Confirmed => false,
+        };
         match whole {
-            Some(whole) if epoch > ours.epoch || (epoch == ours.epoch && !self.confirmed) => {
+            Some(whole) if replaces => {
+                // Its own number unless that has meant, or may mean, something else.
+                let whole = match epoch > ours.epoch || self.standing == Standing::Planned {
+                    true => whole.clone(),
+                    false => {
+                        self.last_epoch += 1;
+                        whole.with_epoch(PlacementEpoch(self.last_epoch))
+                    }
+                };
                 self.take_over(now, whole);
                 true
             }
@@ -232,15 +275,30 @@ impl Layouts {
         }
     }
 
-    fn take_over(&mut self, now: Instant, whole: &Placement) {
-        let layout = self.planner.layout_of(whole);
+    /// Members hold what is in force. The first of them may be one that had nothing when it came, or the wrong one.
+    fn held(&mut self, now: Instant) {
+        if self.standing == Standing::Planned {
+            self.standing = Standing::Held(now + SETTLE);
+        }
+    }
+
+    fn take_over(&mut self, now: Instant, whole: Placement) {
+        let layout = self.planner.layout_of(&whole);
         tracing::info!(epoch = %whole.epoch(), ?layout, "placement taken over from a member's report");
-        self.in_force = Some(Placed { placement: Arc::new(whole.clone()), layout });
-        self.confirmed = true;
+        self.in_force = Some(Placed { placement: Arc::new(whole), layout });
         // Its number may be in use elsewhere.
         self.next = None;
         self.oldest = PlacementEpoch(0);
-        self.settled_at = Some(now + SETTLE);
+        self.held(now);
+        // A later word does not make an earlier one wait again.
+        if let Standing::Held(until) = self.standing {
+            self.settled_at = Some(until);
+        }
+    }
+
+    /// The highest epoch that was ever given out or reported.
+    pub(super) fn last_epoch(&self) -> u64 {
+        self.last_epoch
     }
 
     fn relabel(&mut self, epoch: PlacementEpoch) {
@@ -271,7 +329,7 @@ impl Layouts {
             }
             if unprepared(&next.placement, facts).is_empty() {
                 self.in_force = self.next.take();
-                self.confirmed = true;
+                self.standing = Standing::Confirmed;
                 return Some(Change::InForce);
             }
         } else if self.satisfied() {
@@ -457,6 +515,7 @@ impl Layouts {
         let layout = self.planner.layout_of(&placement);
         self.wanted = layout;
         self.in_force = Some(Placed { placement: Arc::new(placement), layout });
+        self.standing = Standing::Planned;
     }
 }
 

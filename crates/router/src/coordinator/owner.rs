@@ -123,6 +123,7 @@ impl Owner {
             Command::OperatorGone { stream } => {
                 if self.is_operator(stream) {
                     self.operator = None;
+                    self.state.operator_left();
                     tracing::info!("the operator has left; its last view stays");
                 }
             }
@@ -200,6 +201,7 @@ impl Owner {
         }
         if reply.send(Operating { stream, statuses: receiver, ended }).is_err() {
             self.operator = None;
+            self.state.operator_left();
         }
     }
 

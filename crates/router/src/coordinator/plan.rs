@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use cadre_placement::{DomainIndex, ExpertLoad, PlanError, affordable_copies, plan_initial, plan_spread};
-use cadre_types::{Layout, ModelConfig, Placement, PlacementEpoch};
+use cadre_types::{LayerId, LayerPlacement, Layout, ModelConfig, Placement, PlacementEpoch};
 
 use crate::{error::RouterError, options::RouterOptions};
 
@@ -15,6 +15,10 @@ const MAX_LOAD_BYTES: u64 = 64 << 20;
 
 /// Largest layout file; three numbers and their names.
 const MAX_LAYOUT_BYTES: u64 = 64 << 10;
+
+/// Slots per expert, on average, of the largest placement that is taken over from a member: eight times what copies
+/// for failures need. Members hold and describe every shard of a placement, so somebody else's word bounds it.
+const MAX_COPIES: usize = 16;
 
 /// Plans placements of one model.
 #[derive(Clone, Debug)]
@@ -58,15 +62,34 @@ impl Planner {
         plan_spread(&self.load, placement, usize::from(layout.min_copies), domains, epoch)
     }
 
-    /// Whether a placement is one of this model.
-    pub(crate) fn fits(&self, placement: &Placement) -> bool {
-        placement.num_experts() == self.load.num_experts()
-            && placement.num_shards() > 0
-            && placement.layers().iter().map(|layer| layer.layer).eq(self
-                .load
-                .layers()
-                .iter()
-                .map(|layer| layer.layer))
+    /// Whether a placement is one that this or an earlier coordinator can have planned for this model.
+    pub(crate) fn fits(&self, placement: &Placement) -> Result<(), String> {
+        let (experts, shards) = (self.load.num_experts(), placement.num_shards());
+        if placement.num_experts() != experts {
+            return Err(format!("{} experts, the model has {experts}", placement.num_experts()));
+        }
+        let ids = |layers: &mut dyn Iterator<Item = LayerId>| layers.map(|id| id.0).collect::<Vec<_>>();
+        let expected = ids(&mut self.load.layers().iter().map(|layer| layer.layer));
+        let found = ids(&mut placement.layers().iter().map(|layer| layer.layer));
+        if found != expected || found.is_empty() {
+            return Err(format!("layers {found:?}, those with experts are {expected:?}"));
+        }
+        let slots = |layer: &LayerPlacement| layer.slots.iter().map(Vec::len).sum::<usize>();
+        let first = placement.layers().first().map_or(0, slots);
+        for layer in placement.layers() {
+            let (at, slots) = (layer.layer, slots(layer));
+            if layer.slots.iter().any(Vec::is_empty) {
+                return Err(format!("{at}: a shard of {shards} has no slot"));
+            }
+            if slots != first {
+                return Err(format!("{at}: {slots} slots, other layers have {first}"));
+            }
+        }
+        let most = MAX_COPIES * experts;
+        if first > most {
+            return Err(format!("{first} slots per layer, at most {most} are taken over"));
+        }
+        Ok(())
     }
 
     /// The layout that a placement of this model has.

@@ -4,12 +4,19 @@ use cadre_proto::{
     convert::{ConvertError, required},
     v1,
 };
-use cadre_types::{Generation, LayerId, LoadProgress, Member, Placement, PlacementEpoch};
+use cadre_types::{Generation, HostPort, LayerId, LoadProgress, Member, Placement, PlacementEpoch};
 
 use super::{WorkerLoad, layouts::Stamp};
 
 /// Longest member id and address in bytes; both are logged and sent to everybody.
 const MAX_NAME_BYTES: usize = 256;
+
+/// Highest epoch. They count plans, one by one: at one a second these are nine million years.
+pub(super) const MAX_EPOCH: u64 = 1 << 48;
+
+/// Most tokens of one expert between two reports: what a hundred thousand a second make in four months, should
+/// the coordinator have been away for so long.
+const MAX_TOKENS: u64 = 1 << 40;
 
 /// One report.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +55,28 @@ impl TryFrom<v1::Report> for MemberReport {
                 return Err(ConvertError::Invalid { field, problem });
             }
         }
+        // It is logged, and everybody is told it.
+        if let Some(at) = member.id.0.bytes().position(|byte| !(b' '..=b'~').contains(&byte)) {
+            let problem = format!("byte {at} is no printable ASCII character");
+            return Err(ConvertError::Invalid { field: "report.member.id", problem });
+        }
+        if let Err(error) = member.address.parse::<HostPort>() {
+            let problem = error.to_string();
+            return Err(ConvertError::Invalid { field: "report.member.address", problem });
+        }
         let generation = Generation::try_from(&required(wire.generation, "report.generation")?)?;
+        for (field, epoch) in
+            [("report.generation.epoch", generation.epoch.0), ("report.prepared_epoch", wire.prepared_epoch)]
+        {
+            if epoch > MAX_EPOCH {
+                let problem = format!("{epoch}, no cluster has counted beyond {MAX_EPOCH}");
+                return Err(ConvertError::Invalid { field, problem });
+            }
+        }
+        if let Some(load) = wire.worker.as_ref().filter(|load| load.free_pages > load.total_pages) {
+            let problem = format!("{} of {} pages are free", load.free_pages, load.total_pages);
+            return Err(ConvertError::Invalid { field: "report.worker.free_pages", problem });
+        }
         let expert_load = wire
             .expert_load
             .into_iter()
@@ -57,6 +85,10 @@ impl TryFrom<v1::Report> for MemberReport {
                     field: "report.expert_load.layer",
                     problem: format!("{} is out of range", load.layer),
                 })?;
+                if let Some(tokens) = load.tokens.iter().find(|tokens| **tokens > MAX_TOKENS) {
+                    let problem = format!("{tokens} of layer {layer}, at most {MAX_TOKENS} are possible");
+                    return Err(ConvertError::Invalid { field: "report.expert_load.tokens", problem });
+                }
                 Ok((LayerId(layer), load.tokens))
             })
             .collect::<Result<_, ConvertError>>()?;
@@ -75,5 +107,72 @@ impl TryFrom<v1::Report> for MemberReport {
             loading: wire.loading.map(LoadProgress::from),
             expert_load,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    fn wire() -> v1::Report {
+        let member = v1::Member {
+            id: "decode-127.0.0.1:7-1".into(),
+            role: v1::Role::Decode.into(),
+            address: "127.0.0.1:7".into(),
+            state: v1::MemberState::Ready.into(),
+            ..v1::Member::default()
+        };
+        let generation =
+            Generation { model: Default::default(), numerics: Default::default(), epoch: PlacementEpoch(0) };
+        v1::Report { member: Some(member), generation: Some(generation.into()), ..v1::Report::default() }
+    }
+
+    #[test]
+    fn reports_that_cannot_be_are_refused_by_field() {
+        MemberReport::try_from(wire()).unwrap();
+        let refused = |change: &dyn Fn(&mut v1::Report)| {
+            let mut report = wire();
+            change(&mut report);
+            MemberReport::try_from(report).unwrap_err().to_string()
+        };
+        let member =
+            |change: &dyn Fn(&mut v1::Member)| refused(&|report| change(report.member.as_mut().unwrap()));
+        let long = "x".repeat(MAX_NAME_BYTES + 1);
+        for (error, field) in [
+            (member(&|member| member.id.clear()), "report.member.id: 0 bytes"),
+            (member(&|member| member.id.clone_from(&long)), "report.member.id: 257 bytes"),
+            (member(&|member| member.id = "a\nWARN forged".into()), "report.member.id: byte 1"),
+            (member(&|member| member.id = "a\u{202e}b".into()), "report.member.id: byte 1"),
+            (member(&|member| member.address = "127.0.0.1".into()), "report.member.address"),
+            (member(&|member| member.address = "a\nb:1".into()), "report.member.address"),
+            (member(&|member| member.address = "http://a:1".into()), "report.member.address"),
+            (
+                refused(&|report| report.generation.as_mut().unwrap().epoch = u64::MAX),
+                "report.generation.epoch: 18446744073709551615",
+            ),
+            (refused(&|report| report.prepared_epoch = MAX_EPOCH + 1), "report.prepared_epoch"),
+            (
+                refused(&|report| {
+                    report.worker =
+                        Some(v1::WorkerLoad { free_pages: 2, total_pages: 1, ..v1::WorkerLoad::default() });
+                }),
+                "report.worker.free_pages: 2 of 1 pages",
+            ),
+            (
+                refused(&|report| {
+                    report.expert_load = vec![v1::LayerLoad { layer: 1, tokens: vec![0, u64::MAX] }]
+                }),
+                "report.expert_load.tokens: 18446744073709551615 of layer 1",
+            ),
+            (
+                refused(&|report| report.expert_load = vec![v1::LayerLoad { layer: 70_000, tokens: vec![] }]),
+                "report.expert_load.layer",
+            ),
+        ] {
+            assert!(error.contains(field), "{error} lacks {field}");
+            assert!(!error.contains('\n'), "{error:?}");
+        }
     }
 }

@@ -1,12 +1,16 @@
 //! The coordinator's state and its transitions. No I/O and no clock of its own: `now` comes in, effects go
 //! out, so every rule is tested without a socket.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use cadre_placement::ExpertLoad;
 use cadre_types::{
     ClusterView, CoordinatorStatus, Coverage, Generation, LoadProgress, Member, MemberId, MemberState,
-    MemberStatus, NextLayout, OperatorView, Placement, PodRef, Role, ShardIndex,
+    MemberStatus, NextLayout, OperatorView, Placement, PlacementEpoch, PodRef, Role, ShardIndex,
     generation::GenerationMismatch,
 };
 use tokio::{sync::oneshot, time::Instant};
@@ -15,11 +19,18 @@ use tonic::Status;
 use super::{
     WorkerEntry, WorkerLoad, WorkerTable,
     coverage::{Routable, coverage},
-    layouts::{Change, Facts, Layouts, Stamp},
+    layouts::{Change, Facts, Holders, Layouts, Stamp},
     load_window::{LoadMismatch, LoadWindow},
-    pods::Pods,
+    pods::{Pods, Stranger},
     report::MemberReport,
 };
+
+/// Most members: each costs everybody a line of every view (some 100 bytes) and workers a connection. Clusters have
+/// hundreds.
+const MAX_MEMBERS: usize = 4096;
+
+/// Most members of one shard: the one that serves, its successor, and a few that are not seen to be gone yet.
+const MAX_MEMBERS_PER_SHARD: usize = 8;
 
 /// One Watch stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,6 +63,7 @@ pub(super) enum LossCause {
     Replaced,
     Refused(Status),
     PodGone(PodRef),
+    Stranger(Stranger),
 }
 
 impl LossCause {
@@ -63,6 +75,7 @@ impl LossCause {
             Self::Replaced => "replaced",
             Self::Refused(_) => "refused",
             Self::PodGone(_) => "pod_gone",
+            Self::Stranger(_) => "stranger",
         }
     }
 
@@ -82,6 +95,7 @@ impl LossCause {
                 "member {}: pod {} ({}) does not exist for the operator",
                 member.id, pod.name, pod.uid
             )),
+            Self::Stranger(why) => Status::unavailable(format!("member {}: {why}", member.id)),
         }
     }
 }
@@ -98,6 +112,20 @@ pub(super) enum Refusal {
     /// The pod of the member has been deleted.
     #[error("member {id}: pod {} ({}) has been deleted", pod.name, pod.uid)]
     PodGone { id: MemberId, pod: PodRef },
+    /// The operator does not know the member.
+    #[error("member {id}: {why}")]
+    Stranger { id: MemberId, why: Stranger },
+    /// There are as many as one can use.
+    #[error("member {id}: there are {count} {what} already, more are not admitted")]
+    Full { id: MemberId, what: String, count: usize },
+    /// A placement that no coordinator plans.
+    #[error("member {id}: report.applied_placement: {problem}")]
+    Placement { id: MemberId, problem: String },
+    /// It cannot have applied what nobody has told it on this stream.
+    #[error(
+        "member {id}: {epoch} is reported and was never given out, the highest is {highest}; register again"
+    )]
+    Epoch { id: MemberId, epoch: PlacementEpoch, highest: PlacementEpoch },
     /// Id, role or address changed on one stream.
     #[error("member {id}: {what} changed from {before} to {after} on one stream; open another")]
     Changed { id: MemberId, what: &'static str, before: String, after: String },
@@ -113,11 +141,19 @@ impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Self {
         let message = refusal.to_string();
         match refusal {
-            Refusal::Generation { .. } => Self::failed_precondition(message),
+            Refusal::Generation { id, mismatch } => {
+                Self::failed_precondition(format!("member {id}: {}", mismatch.to_peer()))
+            }
             Refusal::Gone => Self::aborted(message),
             // May be otherwise soon: members try again for ever.
-            Refusal::Shard { .. } | Refusal::PodGone { .. } => Self::unavailable(message),
-            Refusal::Changed { .. } | Refusal::Load { .. } => Self::invalid_argument(message),
+            Refusal::Shard { .. } | Refusal::PodGone { .. } | Refusal::Stranger { .. } => {
+                Self::unavailable(message)
+            }
+            Refusal::Full { .. } => Self::resource_exhausted(message),
+            Refusal::Changed { .. }
+            | Refusal::Load { .. }
+            | Refusal::Placement { .. }
+            | Refusal::Epoch { .. } => Self::invalid_argument(message),
         }
     }
 }
@@ -129,7 +165,11 @@ impl Refusal {
             Self::Generation { .. } => "generation",
             Self::Shard { .. } => "shard",
             Self::PodGone { .. } => "pod_gone",
-            Self::Changed { .. } | Self::Load { .. } => "malformed",
+            Self::Stranger { .. } => "stranger",
+            Self::Full { .. } => "full",
+            Self::Changed { .. } | Self::Load { .. } | Self::Placement { .. } | Self::Epoch { .. } => {
+                "malformed"
+            }
             Self::Gone => "gone",
         }
     }
@@ -198,8 +238,12 @@ impl State {
         if let Some(pod) = report.member.pod.clone().filter(|pod| self.pods.is_gone(Some(pod))) {
             return Err(Refusal::PodGone { id: report.member.id, pod });
         }
+        if let Some(why) = self.pods.unwelcome(&report.member) {
+            return Err(Refusal::Stranger { id: report.member.id, why });
+        }
+        self.room(&report.member)?;
         // Before the index is looked at: after a restart it is the member that knows its placement.
-        self.layouts.adopt(now, report.applied(), report.applied_placement.as_ref());
+        self.adopt(now, &report);
         if let Role::Expert(shard) = report.member.role
             && shard.index() >= self.layouts.known_shards()
         {
@@ -239,8 +283,12 @@ impl State {
         let known = self.members.values().find(|known| known.connection == connection);
         let known = known.ok_or(Refusal::Gone)?;
         unchanged(&known.member, &report.member)?;
+        let (epoch, highest) = (report.generation.epoch, PlacementEpoch(self.layouts.last_epoch()));
+        if epoch > highest {
+            return Err(Refusal::Epoch { id, epoch, highest });
+        }
         self.count(now, &report)?;
-        let adopted = self.layouts.adopt(now, report.applied(), report.applied_placement.as_ref());
+        let adopted = self.adopt(now, &report);
         self.reports += 1;
         let known = self.members.get_mut(&id).ok_or(Refusal::Gone)?;
         let new_state = known.member.state != report.member.state;
@@ -283,14 +331,22 @@ impl State {
     pub(super) fn operate(&mut self, now: Instant, view: &OperatorView) -> Vec<Loss> {
         self.layouts.want(view.layout);
         self.pods.take(now, view);
-        let gone = self.connections_of(|known| self.pods.removes(known.member.pod.as_ref(), known.since));
+        let gone = self.connections_of(|known| self.pods.removes(&known.member, known.since));
         gone.into_iter()
             .filter_map(|connection| {
                 let known = self.members.values().find(|known| known.connection == connection)?;
-                let pod = known.member.pod.clone()?;
-                self.remove(connection, LossCause::PodGone(pod))
+                let cause = match &known.member.pod {
+                    Some(pod) if self.pods.is_gone(Some(pod)) => LossCause::PodGone(pod.clone()),
+                    _ => LossCause::Stranger(self.pods.stranger(&known.member)?),
+                };
+                self.remove(connection, cause)
             })
             .collect()
+    }
+
+    /// The operator's stream has ended: its last view stays, and new pods are admitted without it.
+    pub(super) fn operator_left(&mut self) {
+        self.pods.left();
     }
 
     /// Another source than the operator wants a layout.
@@ -415,6 +471,7 @@ impl State {
             applied: known.applied.epoch,
             loading: known.loading,
             sequences: known.load.running_sequences.saturating_add(known.load.waiting_sequences),
+            stranger: self.pods.stranger(&known.member).map(|why| why.to_string()),
         });
         let next = self.layouts.waiting_for(now, &self.facts()).map(|waiting_for| NextLayout {
             layout: self.layouts.wanted(),
@@ -464,7 +521,57 @@ impl State {
         let id = || report.member.id.clone();
         self.generation
             .check_weights(&report.generation)
-            .map_err(|mismatch| Refusal::Generation { id: id(), mismatch })
+            .map_err(|mismatch| Refusal::Generation { id: id(), mismatch })?;
+        match &report.applied_placement {
+            Some(whole) => self
+                .layouts
+                .check(report.applied(), whole)
+                .map_err(|problem| Refusal::Placement { id: id(), problem }),
+            None => Ok(()),
+        }
+    }
+
+    /// Everybody is told of every member, and workers link to each: their number is bounded.
+    fn room(&self, member: &Member) -> Result<(), Refusal> {
+        let full = |what: String, count| Refusal::Full { id: member.id.clone(), what, count };
+        if self.members.contains_key(&member.id) {
+            return Ok(());
+        }
+        if self.members.len() >= MAX_MEMBERS {
+            return Err(full("members".to_owned(), self.members.len()));
+        }
+        if let Role::Expert(shard) = member.role {
+            let count = self.members.values().filter(|known| known.member.role == member.role).count();
+            if count >= MAX_MEMBERS_PER_SHARD {
+                return Err(full(format!("members for {shard}"), count));
+            }
+        }
+        Ok(())
+    }
+
+    /// Learns from the placement that a report names. True if the view changed.
+    fn adopt(&mut self, now: Instant, report: &MemberReport) -> bool {
+        let applied = report.applied();
+        let in_force = self.placement().map_or(0, Placement::digest);
+        let holders = |digest: u64| {
+            let mut shards = BTreeSet::new();
+            for known in self.members.values() {
+                if let Role::Expert(shard) = known.member.role
+                    && known.member.id != report.member.id
+                    && [known.applied.digest, known.prepared.digest].contains(&digest)
+                {
+                    shards.insert(shard.0);
+                }
+            }
+            if let Role::Expert(shard) = report.member.role
+                && [applied.digest, report.prepared.digest].contains(&digest)
+            {
+                shards.insert(shard.0);
+            }
+            shards.len()
+        };
+        let holders = Holders { reported: holders(applied.digest), in_force: holders(in_force) };
+        self.layouts.adopt(now, applied, report.applied_placement.as_ref(), holders)
     }
 
     fn count(&mut self, now: Instant, report: &MemberReport) -> Result<(), Refusal> {

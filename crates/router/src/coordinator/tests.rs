@@ -78,15 +78,18 @@ fn members(state: &State) -> Vec<String> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_member_of_another_generation_is_refused_and_both_are_named() {
+async fn a_member_of_another_generation_is_refused_and_not_told_the_right_one() {
     let mut state = state();
     let mut other_model = shard(0, MemberState::Ready);
     other_model.generation.model = ModelHash([8; 16]);
-    let status = Status::from(refusal(&mut state, other_model));
+    let refused = refusal(&mut state, other_model);
+    assert!(refused.to_string().contains(&"07".repeat(16)), "the log has both: {refused}");
+    let status = Status::from(refused);
     assert_eq!(status.code(), tonic::Code::FailedPrecondition);
-    for words in ["shard-0", &"07".repeat(16), &"08".repeat(16)] {
+    for words in ["shard-0", &"08".repeat(16)] {
         assert!(status.message().contains(words), "{} lacks {words}", status.message());
     }
+    assert!(!status.message().contains(&"07".repeat(16)), "{}", status.message());
     let mut other_class = shard(0, MemberState::Ready);
     other_class.generation.numerics = NumericsClass::Fp8;
     let status = Status::from(refusal(&mut state, other_class));
@@ -335,6 +338,7 @@ fn operator_view(shards: u16, pods: &[(&str, &str)]) -> OperatorView {
         pod: pod(name.trim_start_matches('!')),
         domain: Some((*domain).to_owned()).filter(|domain| !domain.is_empty()),
         withdrawn: name.starts_with('!'),
+        ips: Vec::new(),
     };
     let mut pods: Vec<PodView> = pods.iter().map(on).collect();
     pods.sort_by(|a, b| a.pod.uid.cmp(&b.pod.uid));
@@ -355,12 +359,144 @@ async fn a_withdrawn_pod_drains_and_one_that_is_gone_is_removed_and_stays_out() 
     assert_eq!(view(&state).members[1].state, MemberState::Draining);
     assert!(!state.status(now, None, true).members[1].routable);
 
-    let lost = state.operate(now, &operator_view(2, &[]));
+    assert!(state.operate(now, &operator_view(2, &[])).is_empty(), "no pods at all: nothing is said");
+    let lost = state.operate(now, &operator_view(2, &[("other", "a")]));
     assert_eq!(lost.iter().map(|loss| loss.cause.name()).collect::<Vec<_>>(), ["pod_gone"]);
-    assert_eq!(members(&state), ["laptop"], "members without a pod are never touched");
+    assert_eq!(members(&state), ["laptop"], "a stranger has its grace");
+    let status = state.status(now, None, true);
+    assert!(status.members[0].routable && status.members[0].stranger.is_some());
     let again = refusal(&mut state, in_pod(report("w2", Role::Both, MemberState::Ready), "w"));
     assert!(again.to_string().contains("pod w (uid-w) has been deleted"), "{again}");
     assert_eq!(Status::from(again).code(), tonic::Code::Unavailable, "tried again, never fatal");
+    // A view that was wrong is mended by the next.
+    state.operate(now, &operator_view(2, &[("other", "a"), ("w", "a")]));
+    join(&mut state, in_pod(report("w2", Role::Both, MemberState::Ready), "w"));
+    tokio::time::advance(pods::GRACE).await;
+    let lost = state.operate(Instant::now(), &operator_view(2, &[("other", "a"), ("w", "a")]));
+    assert_eq!(lost.iter().map(|loss| loss.cause.name()).collect::<Vec<_>>(), ["stranger"]);
+    assert_eq!(members(&state), ["w2"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn strangers_are_refused_while_an_operator_is_there() {
+    let mut state = state();
+    let mut view = operator_view(2, &[("w", "a")]);
+    view.pods[0].ips = vec!["10.0.0.1".into()];
+    state.operate(Instant::now(), &view);
+    let at = |address: &str| {
+        let mut report = in_pod(report("w", Role::Both, MemberState::Ready), "w");
+        report.member.address = address.into();
+        report
+    };
+    for (report, why) in [
+        (report("w", Role::Both, MemberState::Ready), "it names no pod"),
+        (in_pod(report("w", Role::Both, MemberState::Ready), "x"), "has no pod x (uid-x)"),
+        (at("10.0.0.2:1"), "10.0.0.2:1 is not the address of its pod w (uid-w)"),
+    ] {
+        let refused = refusal(&mut state, report);
+        assert!(refused.to_string().contains(why), "{refused}");
+        assert_eq!((refused.name(), Status::from(refused).code()), ("stranger", tonic::Code::Unavailable));
+    }
+    assert!(members(&state).is_empty());
+    join(&mut state, at("10.0.0.1:1"));
+    assert_eq!(state.status(Instant::now(), None, true).members[0].stranger, None);
+    state.operator_left();
+    join(&mut state, in_pod(report("new", Role::Both, MemberState::Ready), "new"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_member_may_make_others_hold_is_bounded() {
+    let mut state = state();
+    let named = |id: String, role| report(&id, role, MemberState::Starting);
+    let mut streams = Vec::new();
+    for index in 0..8 {
+        streams.push(join(&mut state, named(format!("s{index}"), Role::Expert(ShardIndex(0)))));
+    }
+    let refused = refusal(&mut state, named("s8".into(), Role::Expert(ShardIndex(0))));
+    assert!(refused.to_string().contains("there are 8 members for shard 0"), "{refused}");
+    // One that comes again takes no room.
+    state
+        .join(Instant::now(), named("s7".into(), Role::Expert(ShardIndex(0))), oneshot::channel().0)
+        .unwrap();
+    for index in 8..4096 {
+        streams.push(join(&mut state, named(format!("w{index}"), Role::Both)));
+    }
+    let refused = refusal(&mut state, named("more".into(), Role::Both));
+    assert!(refused.to_string().contains("there are 4096 members already"), "{refused}");
+    assert_eq!((refused.name(), Status::from(refused).code()), ("full", tonic::Code::ResourceExhausted));
+}
+
+/// Slots of every shard in the one layer with experts.
+fn placed(epoch: u64, layer: u16, slots: Vec<Vec<u16>>) -> Placement {
+    let slots = slots.into_iter().map(|on| on.into_iter().map(LogicalExpert).collect()).collect();
+    Placement::new(PlacementEpoch(epoch), 3, vec![LayerPlacement { layer: LayerId(layer), slots }]).unwrap()
+}
+
+fn holding(mut report: MemberReport, placement: &Placement) -> MemberReport {
+    report.generation.epoch = placement.epoch();
+    report.placement_digest = placement.digest();
+    report.applied_placement = Some(placement.clone());
+    report
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reported_placement_that_cannot_be_is_refused() {
+    let mut state = state();
+    let many = vec![vec![0, 1, 2]; 17];
+    let worker = || report("w", Role::Both, MemberState::Ready);
+    for (placement, problem) in [
+        (placed(5, 2, vec![vec![0, 1, 2]]), "layers [2], those with experts are [1]"),
+        (placed(5, 1, vec![vec![0, 1, 2], vec![]]), "layer 1: a shard of 2 has no slot"),
+        (placed(5, 1, many), "51 slots per layer, at most 48"),
+    ] {
+        let refused = refusal(&mut state, holding(worker(), &placement));
+        assert!(refused.to_string().contains(problem), "{refused} lacks {problem}");
+        assert_eq!(
+            (refused.name(), Status::from(refused).code()),
+            ("malformed", tonic::Code::InvalidArgument)
+        );
+    }
+    let mut other_digest = holding(worker(), &placed(5, 1, vec![vec![0, 1, 2]]));
+    other_digest.placement_digest ^= 1;
+    let refused = refusal(&mut state, other_digest);
+    assert!(refused.to_string().contains("another digest"), "{refused}");
+    assert_eq!(view(&state).generation.epoch, PlacementEpoch(1));
+    assert_eq!(*view(&state).placement, placement());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_of_another_cluster_does_not_replace_what_shards_hold() {
+    let mut state = state();
+    for index in 0..2 {
+        join(&mut state, holding(shard(index, MemberState::Ready), &placement()));
+    }
+    let other = placed(50, 1, vec![vec![0, 1, 2]]);
+    let (stray, _ended) = join(&mut state, holding(report("stray", Role::Both, MemberState::Ready), &other));
+    let seen = view(&state);
+    assert_eq!(seen.placement.layers(), placement().layers(), "nothing has moved");
+    assert_eq!(seen.generation.epoch, PlacementEpoch(51), "and no number means two placements");
+    // On its stream it can only have applied what it was told.
+    let later = placed(60, 1, vec![vec![0, 1, 2]]);
+    let refused =
+        state.report(Instant::now(), stray, holding(report("stray", Role::Both, MemberState::Ready), &later));
+    assert!(matches!(refused, Err(Refusal::Epoch { .. })), "{refused:?}");
+    assert_eq!(view(&state).generation.epoch, PlacementEpoch(51));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_of_another_cluster_that_is_the_first_to_come_back_is_outvoted_by_shards() {
+    let layout = Layout { shards: 2, redundant_slots: 1, min_copies: 1 };
+    let layouts = Layouts::new(planner(), layout, Duration::from_secs(15));
+    let mut state = State::new(generation(0), layouts, LEASE, Duration::from_secs(60));
+    let other = placed(50, 1, vec![vec![0, 1, 2]]);
+    join(&mut state, holding(report("stray", Role::Both, MemberState::Ready), &other));
+    assert_eq!(view(&state).placement.num_shards(), 1, "it fills the gap");
+    join(&mut state, holding(shard(0, MemberState::Ready), &placement()));
+    let seen = view(&state);
+    assert_eq!(seen.placement.layers(), placement().layers());
+    assert_eq!(seen.generation.epoch, PlacementEpoch(51), "above what has meant something else");
+    join(&mut state, holding(shard(1, MemberState::Ready), &placement()));
+    assert_eq!(view(&state).generation.epoch, PlacementEpoch(51));
 }
 
 #[tokio::test(start_paused = true)]

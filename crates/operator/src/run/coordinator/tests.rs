@@ -107,7 +107,7 @@ fn view(shards: u16) -> OperatorView {
     let pod = PodRef { name: "m-experts-0".into(), uid: "u".into() };
     OperatorView {
         layout: Layout { shards, redundant_slots: 0, min_copies: 1 },
-        pods: vec![PodView { pod, domain: None, withdrawn: false }],
+        pods: vec![PodView { pod, domain: None, withdrawn: false, ips: Vec::new() }],
     }
 }
 
@@ -133,6 +133,7 @@ fn status(epoch: u64) -> CoordinatorStatus {
             applied: PlacementEpoch(0),
             loading: Some(LoadProgress { bytes_read: 1, bytes_expected: 9 }),
             sequences: 0,
+            stranger: None,
         }],
         coverage: Coverage::default(),
         imbalance: None,

@@ -15,6 +15,7 @@ fn view() -> t::OperatorView {
         pod: pod(uid),
         domain: domain.map(str::to_owned),
         withdrawn,
+        ips: if withdrawn { Vec::new() } else { vec!["10.0.0.1".into(), "fd00::1".into()] },
     };
     t::OperatorView {
         layout: layout(),
@@ -35,6 +36,7 @@ fn status() -> t::CoordinatorStatus {
         applied: t::PlacementEpoch(3),
         loading: (id == "x").then_some(t::LoadProgress { bytes_read: 5, bytes_expected: 9 }),
         sequences: 7,
+        stranger: (id == "y").then(|| "it has no pod".to_owned()),
     };
     t::CoordinatorStatus {
         generation: t::Generation {

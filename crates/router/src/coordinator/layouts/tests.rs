@@ -199,7 +199,7 @@ async fn a_restart_takes_over_what_members_have_and_moves_nothing() {
     for wait in [Duration::ZERO, WAIT] {
         let mut layouts = Layouts::new(planner(), layout(4), wait);
         layouts.advance(now, &Facts::default());
-        assert!(layouts.adopt(now, stamp(&reported), Some(&reported)));
+        assert!(layouts.adopt(now, stamp(&reported), Some(&reported), Holders::default()));
         let taken = layouts.in_force().unwrap().clone();
         assert_eq!(*taken, reported);
         let mut facts = holding(4, &[stamp(&reported)]);
@@ -216,14 +216,14 @@ async fn a_restart_with_another_layout_begins_with_the_old_one_and_changes_live(
     let now = Instant::now();
     let reported = planner().plan(layout(4), &[], PlacementEpoch(7)).unwrap();
     let mut layouts = Layouts::new(planner(), layout(8), WAIT);
-    layouts.adopt(now, stamp(&reported), Some(&reported));
+    layouts.adopt(now, stamp(&reported), Some(&reported), Holders::default());
     assert_eq!(layouts.layout(), layout(4));
     let facts = holding(8, &[stamp(&reported)]);
     assert_eq!(layouts.advance(now, &facts), [], "members of a later epoch may be on their way");
     assert_eq!(layouts.oldest(), PlacementEpoch(0), "nothing is dropped");
     let later = planner().plan(layout(5), &[], PlacementEpoch(9)).unwrap();
-    assert!(layouts.adopt(now, stamp(&later), Some(&later)), "the highest epoch wins");
-    assert!(!layouts.adopt(now, stamp(&reported), Some(&reported)));
+    assert!(layouts.adopt(now, stamp(&later), Some(&later), Holders::default()), "the highest epoch wins");
+    assert!(!layouts.adopt(now, stamp(&reported), Some(&reported), Holders::default()));
     assert_eq!(layouts.wake(now), Some(now + SETTLE));
     let facts = holding(8, &[stamp(&later)]);
     let changes = layouts.advance(now + SETTLE, &facts);
@@ -238,10 +238,10 @@ async fn a_placement_of_another_model_is_not_taken_over_and_its_epoch_is_passed(
     let layers = vec![cadre_types::LayerPlacement { layer: LayerId(1), slots }];
     let strange = Placement::new(PlacementEpoch(5), 1, layers).unwrap();
     let mut layouts = started(4, now);
-    assert!(layouts.adopt(now, stamp(&strange), Some(&strange)));
+    assert!(layouts.adopt(now, stamp(&strange), Some(&strange), Holders::default()));
     assert_eq!(epochs(&layouts), (6, None, 1));
     let mut waiting = Layouts::new(planner(), layout(4), WAIT);
-    assert!(!waiting.adopt(now, stamp(&strange), Some(&strange)));
+    assert!(!waiting.adopt(now, stamp(&strange), Some(&strange), Holders::default()));
     waiting.advance(now, &holding(4, &[]));
     assert_eq!(waiting.epoch(), PlacementEpoch(6), "numbers above all that were seen");
 }
@@ -257,8 +257,39 @@ async fn an_old_placement_does_not_come_back_after_a_change() {
     layouts.advance(now, &holding(8, &[stamp(&first), two]));
     assert_eq!(layouts.epoch(), PlacementEpoch(2));
     // A worker that reconnects has still applied the first one.
-    assert!(!layouts.adopt(now, stamp(&first), Some(&first)));
+    assert!(!layouts.adopt(now, stamp(&first), Some(&first), Holders::default()));
     assert_eq!(layouts.epoch(), PlacementEpoch(2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_held_gives_way_to_more_shards_only_and_to_nobody_later() {
+    let now = Instant::now();
+    let held = planner().plan(layout(4), &[], PlacementEpoch(7)).unwrap();
+    let other = |epoch| planner().plan(layout(5), &[], PlacementEpoch(epoch)).unwrap();
+    let holders = |reported, in_force| Holders { reported, in_force };
+    let report = |at: Instant, epoch, holders| {
+        let mut layouts = Layouts::new(planner(), layout(4), WAIT);
+        layouts.adopt(now, stamp(&held), Some(&held), Holders::default());
+        let other = other(epoch);
+        layouts.adopt(at, stamp(&other), Some(&other), holders);
+        (layouts.in_force().unwrap().num_shards(), layouts.epoch().0)
+    };
+    assert_eq!(report(now, 9, holders(1, 1)), (5, 9), "the later of two");
+    assert_eq!(report(now, 9, holders(0, 1)), (4, 10), "a worker's word against a shard's");
+    assert_eq!(report(now, 3, holders(2, 1)), (5, 8), "more shards, and a number that is new");
+    assert_eq!(report(now, 3, holders(1, 1)), (4, 7));
+    assert_eq!(report(now + SETTLE, 9, holders(4, 0)), (4, 10), "too late for anybody");
+
+    // What has come into force here is confirmed at once.
+    let mut layouts = started(4, now);
+    let one = stamp(layouts.in_force().unwrap());
+    layouts.want(layout(8));
+    layouts.advance(now, &holding(8, &[one]));
+    let two = stamp(layouts.next().unwrap());
+    layouts.advance(now, &holding(8, &[one, two]));
+    let other = other(9);
+    layouts.adopt(now, stamp(&other), Some(&other), holders(5, 0));
+    assert_eq!((layouts.in_force().unwrap().num_shards(), layouts.epoch().0), (8, 10));
 }
 
 /// What may happen, in any order.

@@ -102,11 +102,11 @@ fn a_placement_satisfies_layouts_that_ask_for_no_more_copies_than_it_has() {
     let wanted = Layout { shards: 4, redundant_slots: 32, min_copies: 2 };
     let placement = planner.plan(wanted, &[], PlacementEpoch(3)).unwrap();
     assert_eq!(planner.layout_of(&placement), wanted);
-    assert!(planner.fits(&placement) && planner.satisfies(&placement, wanted));
+    assert!(planner.fits(&placement).is_ok() && planner.satisfies(&placement, wanted));
     assert!(planner.satisfies(&placement, Layout { min_copies: 1, ..wanted }));
     assert!(!planner.satisfies(&placement, Layout { min_copies: 3, ..wanted }));
     assert!(!planner.satisfies(&placement, Layout { shards: 5, ..wanted }));
     assert!(!planner.satisfies(&placement, Layout { redundant_slots: 33, ..wanted }));
     let one_layer = Placement::new(PlacementEpoch(1), 32, placement.layers()[..1].to_vec()).unwrap();
-    assert!(!planner.fits(&one_layer), "of another model");
+    assert!(planner.fits(&one_layer).is_err(), "of another model");
 }

@@ -151,6 +151,7 @@ impl Coordinator {
             applied: PlacementEpoch(self.epoch),
             loading: matches!(role, Role::Expert(_)).then_some(read),
             sequences: 0,
+            stranger: None,
         }
     }
 }
