@@ -217,14 +217,6 @@ pub enum HandoffError {
         /// The position that is due.
         expected: Position,
     },
-    /// The last hidden state has the wrong width.
-    #[error("hand-off: last hidden state of {found} values, expected {expected}")]
-    HiddenWidth {
-        /// Values received.
-        found: usize,
-        /// Width of the residual stream.
-        expected: usize,
-    },
     /// The other side went away before the end.
     #[error("hand-off: the peer went away after {rows} rows")]
     Aborted {

@@ -58,8 +58,6 @@ pub struct KvRows {
 pub struct KvFinish {
     /// The token sampled from the prompt.
     pub first_token: GeneratedToken,
-    /// `[hidden_size]` after the final norm at the last prompt position: the MTP module's input.
-    pub last_hidden: Vec<f32>,
 }
 
 /// One message of a hand-off.

@@ -308,7 +308,7 @@ impl<B: Backend> StepLoop<B> {
 
     /// Frees the pages, then tells: whoever hears of the end finds the pages free.
     fn end(&mut self, id: SequenceId, reason: FinishReason, event: EngineEvent) {
-        self.scheduler.cancel(id);
+        self.scheduler.end(id);
         if let Some(entry) = self.entries.remove(&id) {
             self.by_request.remove(&entry.request_id);
             self.stats.end(reason);

@@ -1,7 +1,7 @@
 //! Sequences, KV pages and continuous batching: pure decisions, no I/O.
 //!
 //! Owned by the engine thread of one worker, which loops: [`Scheduler::plan`] → compute the rows of the
-//! [`StepPlan`] → [`Scheduler::commit`] each of them → [`Scheduler::finish`] what has ended. This crate
+//! [`StepPlan`] → [`Scheduler::commit`] each of them → [`Scheduler::end`] what has all it needs. This crate
 //! decides *which rows run together and where their KV lives*; it refuses to know the model, the
 //! sampler, time (deadlines come in as plain nanoseconds) and the network. Its answers depend on nothing
 //! but the calls made before, so a run can be replayed; and no answer changes a sequence's text, because

@@ -172,25 +172,15 @@ impl Scheduler {
 
     // --- departures --------------------------------------------------------------------------------
 
-    /// Ends a sequence that has its tokens (decoding), or whose hand-off is confirmed (held): frees its
-    /// pages and returns its output.
-    pub fn finish(&mut self, id: SequenceId) -> Result<Vec<TokenId>, SchedulerError> {
-        let state = self.get("finish", id)?.state;
-        if !matches!(state, SequenceState::Decoding | SequenceState::Held) {
-            return Err(SchedulerError::WrongState { operation: "finish", id, state });
-        }
-        let unknown = SchedulerError::Unknown { operation: "finish", id };
-        self.remove(id).map(Sequence::into_output).ok_or(unknown)
-    }
-
-    /// Ends a sequence in any state and frees its pages; a hand-off that failed ends this way. Returns
-    /// whether it existed. Ids are never reused, so KV that still arrives for it names no sequence.
-    pub fn cancel(&mut self, id: SequenceId) -> bool {
+    /// Ends a sequence in any state and frees its pages: it has its tokens, its hand-off is confirmed or failed,
+    /// it was cancelled. Returns whether it existed. Ids are never reused, so KV that still arrives for it names
+    /// no sequence.
+    pub fn end(&mut self, id: SequenceId) -> bool {
         self.remove(id).is_some()
     }
 
     /// Sequences whose deadline is at or before `now`, in any state, oldest first. They stay until the
-    /// caller cancels them.
+    /// caller ends them.
     pub fn expired(&self, now: u64) -> Vec<SequenceId> {
         self.sequences
             .values()

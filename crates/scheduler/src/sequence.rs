@@ -1,9 +1,9 @@
 //! One sequence: its tokens, its pages and its life.
 //!
 //! ```text
-//! Local         Waiting → Prefilling → Decoding → finish
-//! PrefillOnly   Waiting → Prefilling → Held → finish (hand-off confirmed)
-//! AwaitHandoff  Waiting → AwaitingKv → Decoding → finish
+//! Local         Waiting → Prefilling → Decoding → end
+//! PrefillOnly   Waiting → Prefilling → Held → end (hand-off confirmed)
+//! AwaitHandoff  Waiting → AwaitingKv → Decoding → end
 //! ```
 //! `cancel` ends any of them at any point. Invariant from the first sampled token on (spec §8): KV length
 //! = known tokens − 1; the newest token is in no cache yet.
@@ -167,10 +167,6 @@ impl Sequence {
                 position(self.prompt.len() + self.output.len() - 1)
             }
         }
-    }
-
-    pub(crate) fn into_output(self) -> Vec<TokenId> {
-        self.output
     }
 
     // --- reservation and admission ---------------------------------------------------------------

@@ -295,14 +295,15 @@ impl Model {
     fn finish(&mut self, id: Option<SequenceId>) {
         let Some(id) = id else { return };
         let expected = self.live.remove(&id).unwrap();
-        assert_eq!(self.scheduler.finish(id), Ok(expected.output));
+        assert_eq!(self.scheduler.sequence(id).unwrap().output(), expected.output);
+        assert!(self.scheduler.end(id));
         self.finished += 1;
     }
 
     fn cancel(&mut self, id: Option<SequenceId>) {
         let Some(id) = id else { return };
-        assert_eq!(self.scheduler.cancel(id), self.live.remove(&id).is_some());
-        assert!(!self.scheduler.cancel(id), "twice");
+        assert_eq!(self.scheduler.end(id), self.live.remove(&id).is_some());
+        assert!(!self.scheduler.end(id), "twice");
     }
 
     /// Pages are conserved and the counts agree, whatever has happened.

@@ -54,8 +54,7 @@ fn code_of_handoff(error: &HandoffError) -> Code {
         | HandoffError::OutOfRange { .. }
         | HandoffError::WrongSize { .. }
         | HandoffError::Incomplete { .. }
-        | HandoffError::FirstToken { .. }
-        | HandoffError::HiddenWidth { .. } => Code::InvalidArgument,
+        | HandoffError::FirstToken { .. } => Code::InvalidArgument,
         HandoffError::Aborted { .. } | HandoffError::Stalled { .. } | HandoffError::NeverBegun { .. } => {
             Code::Aborted
         }

@@ -118,26 +118,12 @@ pub(crate) fn rows_from(wire: v1::KvRows) -> Result<KvRows, ConvertError> {
 }
 
 pub(crate) fn finish(finish: KvFinish) -> v1::KvFrame {
-    let last_hidden: Vec<u8> = finish.last_hidden.iter().flat_map(|value| value.to_le_bytes()).collect();
-    frame(v1::kv_frame::Frame::Finish(v1::KvFinish {
-        first_token: Some(token(finish.first_token)),
-        last_hidden: last_hidden.into(),
-    }))
+    frame(v1::kv_frame::Frame::Finish(v1::KvFinish { first_token: Some(token(finish.first_token)) }))
 }
 
 pub(crate) fn finish_from(wire: v1::KvFinish) -> Result<KvFinish, ConvertError> {
     let first_token = cadre_proto::convert::required(wire.first_token, "kv_finish.first_token")?;
-    let (values, rest) = wire.last_hidden.as_chunks::<4>();
-    if !rest.is_empty() {
-        return Err(ConvertError::Invalid {
-            field: "kv_finish.last_hidden",
-            problem: format!("{} bytes are no F32 values", wire.last_hidden.len()),
-        });
-    }
-    Ok(KvFinish {
-        first_token: token_from(first_token),
-        last_hidden: values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
-    })
+    Ok(KvFinish { first_token: token_from(first_token) })
 }
 
 pub(crate) fn frame(frame: v1::kv_frame::Frame) -> v1::KvFrame {
@@ -175,14 +161,13 @@ mod tests {
                 logprob: Some(-0.5),
                 top: vec![(3, -0.5), (4, -1.5)],
             },
-            last_hidden: vec![1.0, -0.0, f32::MIN_POSITIVE],
         };
         let Some(v1::kv_frame::Frame::Finish(wire)) = finish(sent.clone()).frame else {
             panic!("a finish frame");
         };
-        assert_eq!(finish_from(wire.clone()), Ok(sent));
-        let torn = v1::KvFinish { last_hidden: wire.last_hidden.slice(..5), ..wire };
-        assert!(finish_from(torn).is_err_and(|error| error.to_string().contains("5 bytes")));
+        assert_eq!(finish_from(wire), Ok(sent));
+        let torn = v1::KvFinish::default();
+        assert!(finish_from(torn).is_err_and(|error| error.to_string().contains("first_token")));
     }
 
     #[test]

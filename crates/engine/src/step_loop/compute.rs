@@ -95,9 +95,7 @@ impl<B: Backend> StepLoop<B> {
         if let Some(entry) = self.entries.get_mut(&id)
             && let Part::Outgoing(outgoing) = &mut entry.part
         {
-            let width = self.model.config().hidden_size;
-            let last_hidden = self.output.hidden[row * width..(row + 1) * width].to_vec();
-            outgoing.finish_with(KvFinish { first_token: token.clone(), last_hidden });
+            outgoing.finish_with(KvFinish { first_token: token.clone() });
             // The sequence ends when its last row has left, not by this token.
             let _ = entry.events.try_send(EngineEvent::Token(token));
             return;

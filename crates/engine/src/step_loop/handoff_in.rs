@@ -284,10 +284,6 @@ impl<B: Backend> StepLoop<B> {
             let vocab_size = config.vocab_size;
             return Err(HandoffError::FirstToken { token, position, vocab_size, expected });
         }
-        let (found, expected) = (finish.last_hidden.len(), config.hidden_size);
-        if found != expected {
-            return Err(HandoffError::HiddenWidth { found, expected });
-        }
         Ok(())
     }
 

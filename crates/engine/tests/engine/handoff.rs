@@ -8,7 +8,7 @@ use cadre_engine::{
 };
 use cadre_types::LayerId;
 
-use crate::support::{Outcome, Setup, config, outcome, prompt, request, wait_empty};
+use crate::support::{Outcome, Setup, outcome, prompt, request, wait_empty};
 
 fn remote(mut request: SequenceRequest) -> SequenceRequest {
     request.prefill = PrefillPlace::Remote;
@@ -86,7 +86,6 @@ async fn rows_leave_layer_by_layer_before_the_prompt_is_done() {
             KvMessage::Rows(rows) => received.push((rows.layer.index(), rows.first_position, rows.count)),
             KvMessage::Finish(finish) => {
                 assert_eq!(finish.first_token.position, 40);
-                assert_eq!(finish.last_hidden.len(), config().hidden_size);
                 break;
             }
         }
@@ -238,45 +237,39 @@ async fn malformed_rows_fail_their_sequence_alone() {
     wait_empty(&handle).await;
 }
 
-fn finish_with(token: u32, position: u32, hidden: usize) -> KvFinish {
+fn finish_with(token: u32, position: u32) -> KvFinish {
     let first_token = cadre_engine::GeneratedToken { position, token, logprob: None, top: Vec::new() };
-    KvFinish { first_token, last_hidden: vec![0.0; hidden] }
+    KvFinish { first_token }
 }
 
 #[tokio::test]
 async fn an_incomplete_cache_is_never_decoded_from() {
     let engine = Setup::default().spawn();
     let handle = engine.handle();
-    let (layers, hidden) = (handle.kv_shape().layers as u16, config().hidden_size);
+    let layers = handle.kv_shape().layers as u16;
     type Expected = fn(&HandoffError) -> bool;
     // Which rows come, how it ends, what is said.
-    let cases: [(&str, Vec<KvRows>, KvFinish, Expected); 5] = [
-        ("nothing", vec![], finish_with(1, 10, hidden), |error| {
+    let cases: [(&str, Vec<KvRows>, KvFinish, Expected); 4] = [
+        ("nothing", vec![], finish_with(1, 10), |error| {
             matches!(error, HandoffError::Incomplete { layer: LayerId(0), received: 0, .. })
         }),
         (
             "a layer short",
             (0..layers - 1).map(|layer| rows(&handle, layer, 0, 10)).collect(),
-            finish_with(1, 10, hidden),
+            finish_with(1, 10),
             |error| matches!(error, HandoffError::Incomplete { layer: LayerId(2), received: 0, .. }),
         ),
         (
             "a row short",
             (0..layers).map(|layer| rows(&handle, layer, 0, 10 - u32::from(layer == 1))).collect(),
-            finish_with(1, 10, hidden),
+            finish_with(1, 10),
             |error| matches!(error, HandoffError::Incomplete { layer: LayerId(1), received: 9, .. }),
         ),
         (
             "a token that is none",
             (0..layers).map(|layer| rows(&handle, layer, 0, 10)).collect(),
-            finish_with(256, 10, hidden),
+            finish_with(256, 10),
             |error| matches!(error, HandoffError::FirstToken { token: 256, .. }),
-        ),
-        (
-            "a narrow state",
-            (0..layers).map(|layer| rows(&handle, layer, 0, 10)).collect(),
-            finish_with(1, 10, hidden - 1),
-            |error| matches!(error, HandoffError::HiddenWidth { .. }),
         ),
     ];
     for (name, rows, finish, expected) in cases {
@@ -328,7 +321,7 @@ async fn silence_is_bounded_before_and_after_the_begin() {
     writer.rows(rows(&handle, 0, 0, 10)).await.unwrap();
     let failure = outcome(events).await.failed();
     assert!(matches!(failure, EngineError::Handoff(HandoffError::Stalled { rows: 10, .. })), "{failure}");
-    let told = writer.finish(finish_with(1, 10, config().hidden_size)).await.unwrap_err();
+    let told = writer.finish(finish_with(1, 10)).await.unwrap_err();
     assert!(matches!(told, HandoffError::Stalled { .. }), "{told}");
     wait_empty(&handle).await;
 }
@@ -342,7 +335,7 @@ async fn cancelling_the_receiver_tells_the_sender() {
     let writer = handle.begin_handoff(offer(&handle, &request)).await.unwrap();
     drop(events);
     wait_empty(&handle).await;
-    let told = writer.finish(finish_with(1, 10, config().hidden_size)).await.unwrap_err();
+    let told = writer.finish(finish_with(1, 10)).await.unwrap_err();
     assert_eq!(told, HandoffError::Unknown { request_id: "gone".into() });
 }
 

@@ -924,9 +924,6 @@ pub struct KvRows {
 pub struct KvFinish {
     #[prost(message, optional, tag = "1")]
     pub first_token: ::core::option::Option<GeneratedToken>,
-    /// Hidden state after the final norm at the last prompt position, \[hidden\] F32: the MTP module's input.
-    #[prost(bytes = "bytes", tag = "2")]
-    pub last_hidden: ::prost::bytes::Bytes,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct KvReceipt {
@@ -979,9 +976,9 @@ pub mod worker_client {
     ///
     /// A request with a prefill worker: the router opens Decode on the decode worker, which reserves pages and
     /// answers Reserved; the router calls Prefill on the prefill worker with the decode worker's address and
-    /// the handoff id; the prefill worker streams KV to ReceiveKv layer by layer while it computes, ends with
+    /// the same request id; the prefill worker streams KV to ReceiveKv layer by layer while it computes, ends with
     /// the first token, and the decode worker streams tokens from the first one on.
-    /// Without one (role both), Decode with prefill = PREFILL_LOCAL does everything.
+    /// Without one (role both), Decode with prefill = PREFILL_MODE_LOCAL does everything.
     #[derive(Debug, Clone)]
     pub struct WorkerClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -1174,9 +1171,9 @@ pub mod worker_server {
     ///
     /// A request with a prefill worker: the router opens Decode on the decode worker, which reserves pages and
     /// answers Reserved; the router calls Prefill on the prefill worker with the decode worker's address and
-    /// the handoff id; the prefill worker streams KV to ReceiveKv layer by layer while it computes, ends with
+    /// the same request id; the prefill worker streams KV to ReceiveKv layer by layer while it computes, ends with
     /// the first token, and the decode worker streams tokens from the first one on.
-    /// Without one (role both), Decode with prefill = PREFILL_LOCAL does everything.
+    /// Without one (role both), Decode with prefill = PREFILL_MODE_LOCAL does everything.
     #[derive(Debug)]
     pub struct WorkerServer<T> {
         inner: Arc<T>,

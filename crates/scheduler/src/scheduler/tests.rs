@@ -53,9 +53,10 @@ fn a_local_sequence_prefills_then_decodes_from_its_newest_token() {
     assert_eq!(plan.decode, [DecodeStep { id, token: 1000, position: 71 }]);
     assert!(step(&mut scheduler).is_empty(), "all of max_tokens is there");
 
-    assert_eq!(scheduler.finish(id).unwrap(), [7, 1000, 1000]);
+    assert_eq!(scheduler.sequence(id).unwrap().output(), [7, 1000, 1000]);
+    assert!(scheduler.end(id));
     assert_eq!(scheduler.stats(), SchedulerStats { pages_free: 4, pages_total: 4, ..Default::default() });
-    assert_eq!(scheduler.finish(id).unwrap_err(), SchedulerError::Unknown { operation: "finish", id });
+    assert!(!scheduler.end(id));
 }
 
 #[test]
@@ -112,9 +113,10 @@ fn a_prefill_only_sequence_reserves_its_prompt_and_holds_it() {
 
     let behind = scheduler.submit(new(SequenceKind::PrefillOnly, 1, 1)).unwrap();
     assert_eq!(scheduler.plan().blocked, Some(PagesExhausted { requested: 1, free: 0, total: 2 }));
-    assert_eq!(scheduler.finish(id).unwrap(), [7], "the hand-off is confirmed");
+    assert_eq!(scheduler.sequence(id).unwrap().output(), [7]);
+    assert!(scheduler.end(id), "the hand-off is confirmed");
     assert_eq!(scheduler.plan().admitted, [behind]);
-    assert!(scheduler.cancel(behind), "an aborted one");
+    assert!(scheduler.end(behind), "an aborted one");
     assert_eq!(scheduler.stats().pages_free, 2);
 }
 
@@ -146,9 +148,9 @@ fn nothing_overtakes_the_head_of_the_queue() {
     assert_eq!(plan.admitted, [running]);
     assert_eq!(plan.blocked, Some(PagesExhausted { requested: 4, free: 2, total: 4 }));
     assert_eq!(scheduler.stats().waiting, 2);
-    scheduler.finish(running).unwrap();
+    assert!(scheduler.end(running));
     assert_eq!(scheduler.plan().admitted, [large]);
-    scheduler.cancel(large);
+    scheduler.end(large);
     assert_eq!(scheduler.plan().admitted, [small]);
 }
 
@@ -216,27 +218,14 @@ fn a_sequence_cancelled_during_its_step_is_gone_at_once() {
     let mut scheduler = scheduler(2);
     let id = scheduler.submit(local(5, 5)).unwrap();
     scheduler.plan();
-    assert!(scheduler.cancel(id));
-    assert!(!scheduler.cancel(id), "pages are freed once");
+    assert!(scheduler.end(id));
+    assert!(!scheduler.end(id), "pages are freed once");
     assert_eq!(
         scheduler.commit(id, CommitKind::Sampled(1)).unwrap_err(),
         SchedulerError::Unknown { operation: "commit", id }
     );
     assert_eq!(scheduler.stats().pages_free, 2);
     assert_ne!(scheduler.submit(local(5, 5)).unwrap(), id, "ids are never reused");
-}
-
-#[test]
-fn a_sequence_that_still_prefills_cannot_finish() {
-    let mut scheduler = scheduler(20);
-    let id = scheduler.submit(local(300, 2)).unwrap();
-    assert_eq!(scheduler.finish(id).unwrap_err().to_string(), "finish: sequence 0 is waiting");
-    step(&mut scheduler);
-    assert_eq!(
-        scheduler.finish(id).unwrap_err().to_string(),
-        "finish: sequence 0 is prefilling (256 tokens computed)"
-    );
-    assert_eq!(scheduler.stats().prefilling, 1);
 }
 
 #[test]
@@ -254,7 +243,7 @@ fn deadlines_name_sequences_in_every_state() {
     assert_eq!(scheduler.expired(20), [awaiting, waiting]);
     assert_eq!(scheduler.expired(u64::MAX), [held, awaiting, waiting]);
     for id in scheduler.expired(u64::MAX) {
-        scheduler.cancel(id);
+        scheduler.end(id);
     }
     assert_eq!(scheduler.next_deadline(), None);
     assert_eq!(scheduler.sequences().map(Sequence::id).collect::<Vec<_>>(), [patient]);
@@ -298,7 +287,7 @@ fn a_full_batch_of_32_shares_its_steps() {
             .map(Sequence::id)
             .collect();
         for id in done {
-            scheduler.finish(id).unwrap();
+            assert!(scheduler.end(id));
         }
         assert!(steps < 1000, "no progress");
     }

@@ -333,7 +333,6 @@ struct Frames {
     layers: u32,
     tokens: u32,
     row_bytes: usize,
-    hidden: usize,
 }
 
 impl Frames {
@@ -354,7 +353,6 @@ impl Frames {
             layers: shape.layers as u32,
             tokens: wanted.prompt.len() as u32,
             row_bytes: shape.row_bytes(),
-            hidden: worker.engine.config().hidden_size,
         }
     }
 
@@ -366,7 +364,6 @@ impl Frames {
     fn finish(&self) -> v1::KvFinish {
         v1::KvFinish {
             first_token: Some(v1::GeneratedToken { position: self.tokens, token: 9, ..Default::default() }),
-            last_hidden: vec![0; 4 * self.hidden].into(),
         }
     }
 
@@ -423,10 +420,8 @@ async fn malformed_hand_offs_are_refused_and_end_their_sequence_alone() {
         ("a layer short", Code::InvalidArgument, "ended early", true, |_, frames| {
             frames.remove(3);
         }),
-        ("torn state", Code::InvalidArgument, "last_hidden", true, |kv, frames| {
-            let finish = kv.finish();
-            let torn = v1::KvFinish { last_hidden: finish.last_hidden.slice(1..), ..finish };
-            *frames.last_mut().unwrap() = Frame::Finish(torn);
+        ("no first token", Code::InvalidArgument, "first_token", true, |_, frames| {
+            *frames.last_mut().unwrap() = Frame::Finish(v1::KvFinish::default());
         }),
         ("too many bytes", Code::InvalidArgument, "at most 1048576", true, |kv, frames| {
             let rows = vec![0; (1 << 20) + 1].into();
