@@ -52,6 +52,29 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
+/// The kernels, then their test programs: `tests/gpu/kernels/*.cu` to `kernels/tests/NAME` in the target folder, with
+/// the static runtime, so that they run from there or from a copy on any machine with a card and a driver.
+pub(crate) fn run_with_tests() -> Result<()> {
+    run()?;
+    let nvcc = nvcc()?;
+    let libraries = nvcc.parent().and_then(Path::parent).context("nvcc lies in no folder")?.join("lib");
+    let out = Metadata::load()?.target_directory.join("kernels/tests");
+    fs::create_dir_all(&out).with_context(|| format!("create {}", out.display()))?;
+    for source in sources(&command::root()?.join("tests/gpu/kernels"))? {
+        let program = out.join(&source.name);
+        let mut nvcc = Command::new(&nvcc);
+        nvcc.args(FLAGS.iter().take(1)).args(["-O3", "-std=c++17", "-fmad=false", "-lcudart_static"]);
+        nvcc.arg("-L").arg(&libraries).arg("-o").arg(&program).arg(&source.path);
+        let shown = command::show(&nvcc);
+        let output = nvcc.output().with_context(|| format!("start `{shown}`"))?;
+        if !output.status.success() {
+            bail!("`{shown}` ended with {}:\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+        }
+        println!("{}", program.display());
+    }
+    Ok(())
+}
+
 /// The folder of the machine code, up to date.
 pub(crate) fn compiled() -> Result<PathBuf> {
     let nvcc = nvcc()?;

@@ -84,7 +84,11 @@ enum Task {
         binary: Option<PathBuf>,
     },
     /// Compiles the CUDA kernels (nvcc is fetched on first use) and judges their registers and memory.
-    Kernels,
+    Kernels {
+        /// Also build the kernels' own test programs (tests/gpu/kernels), which run where a card is.
+        #[arg(long)]
+        tests: bool,
+    },
     /// Runs everything that must hold before a change is merged.
     Ci,
 }
@@ -99,7 +103,8 @@ fn main() -> ExitCode {
         Task::Figures => figures::run(),
         Task::Cluster(task) => cluster::run(&task),
         Task::Image { out, binary } => image::run(out.as_deref(), binary.as_deref()),
-        Task::Kernels => kernels::run(),
+        Task::Kernels { tests: false } => kernels::run(),
+        Task::Kernels { tests: true } => kernels::run_with_tests(),
         Task::Ci => ci::run(),
     };
     match outcome {

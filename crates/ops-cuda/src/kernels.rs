@@ -60,7 +60,7 @@ macro_rules! kernels {
         /// Every kernel, in the order of [`Kernel`].
         pub const TABLE: &[Entry] = &[$({
             #[allow(unused_imports, reason = "not every row needs every name")]
-            use Kind::{F32, Pointer as P, U32, U64};
+            use Kind::{F32, Pointer as P, Struct, U32, U64};
             Entry { file: $file, name: $name, args: &[$($kind),*], shared: kernels!(@shared $($shared)?) }
         }),*];
     };
@@ -118,6 +118,72 @@ kernels! {
         [P, U32, U32, U32, U32, U32, U32, U32, U32, U32, F32, P, P, U32, P] shared;
     /// Latent outputs to values.
     ValueUp = "attention" "value_up" [P, P, U32, U32, U32, U32, P, U32, P, P, U32];
+    /// Packing of an e4m3 matrix into wgmma's tiles.
+    PackFp8 = "pack" "pack_fp8" [P, U64, P, U32, U32];
+    /// The same of BF16 matrices, also transposed.
+    PackBf16 = "pack" "pack_bf16" [P, U64, U64, P, U64, U32, U32, U32, U32];
+    /// Gate and up rows alternating.
+    PackGateUpFp8 = "pack" "pack_gate_up_fp8" [P, P, P, U32, U32];
+    /// The same of BF16.
+    PackGateUpBf16 = "pack" "pack_gate_up_bf16" [P, P, P, U32, U32];
+    /// kv_b to BF16.
+    DequantFp8 = "pack" "dequant_fp8" [P, P, P, U32, U32];
+    /// Scales of powers of two to F32.
+    ScalesUe8m0 = "pack" "scales_ue8m0" [P, P, U32];
+    /// The published quantiser on BF16 rows, for the products of tensor cores.
+    QuantiseBf16 = "quantise" "quantise_bf16" [P, U64, P, P, P, U32, U32, U32];
+    /// The same on F32 rows.
+    QuantiseF32 = "quantise" "quantise_f32" [P, U64, P, P, P, U32, U32, U32];
+    /// Tensor-core product, whole tiles, 8 rows.
+    GemmFp8N8 = "gemm" "gemm_fp8_n8" [Struct(168)] shared;
+    /// Tensor-core product, whole tiles, 16 rows.
+    GemmFp8N16 = "gemm" "gemm_fp8_n16" [Struct(168)] shared;
+    /// Tensor-core product, whole tiles, 32 rows.
+    GemmFp8N32 = "gemm" "gemm_fp8_n32" [Struct(168)] shared;
+    /// Tensor-core product, whole tiles, 64 rows.
+    GemmFp8N64 = "gemm" "gemm_fp8_n64" [Struct(168)] shared;
+    /// Tensor-core product, whole tiles, 128 rows.
+    GemmFp8N128 = "gemm" "gemm_fp8_n128" [Struct(168)] shared;
+    /// Tensor-core product, half tiles, 8 rows.
+    GemmFp8H8 = "gemm" "gemm_fp8_h8" [Struct(168)] shared;
+    /// Tensor-core product, half tiles, 16 rows.
+    GemmFp8H16 = "gemm" "gemm_fp8_h16" [Struct(168)] shared;
+    /// Tensor-core product, half tiles, 32 rows.
+    GemmFp8H32 = "gemm" "gemm_fp8_h32" [Struct(168)] shared;
+    /// Tensor-core product, half tiles, 64 rows.
+    GemmFp8H64 = "gemm" "gemm_fp8_h64" [Struct(168)] shared;
+    /// Tensor-core product, whole tiles, 8 rows.
+    GemmBf16N8 = "gemm" "gemm_bf16_n8" [Struct(168)] shared;
+    /// Tensor-core product, whole tiles, 16 rows.
+    GemmBf16N16 = "gemm" "gemm_bf16_n16" [Struct(168)] shared;
+    /// Tensor-core product, whole tiles, 32 rows.
+    GemmBf16N32 = "gemm" "gemm_bf16_n32" [Struct(168)] shared;
+    /// Tensor-core product, whole tiles, 64 rows.
+    GemmBf16N64 = "gemm" "gemm_bf16_n64" [Struct(168)] shared;
+    /// Tensor-core product, whole tiles, 128 rows.
+    GemmBf16N128 = "gemm" "gemm_bf16_n128" [Struct(168)] shared;
+    /// Tensor-core product, half tiles, 8 rows.
+    GemmBf16H8 = "gemm" "gemm_bf16_h8" [Struct(168)] shared;
+    /// Tensor-core product, half tiles, 16 rows.
+    GemmBf16H16 = "gemm" "gemm_bf16_h16" [Struct(168)] shared;
+    /// Tensor-core product, half tiles, 32 rows.
+    GemmBf16H32 = "gemm" "gemm_bf16_h32" [Struct(168)] shared;
+    /// Tensor-core product, half tiles, 64 rows.
+    GemmBf16H64 = "gemm" "gemm_bf16_h64" [Struct(168)] shared;
+    /// The whole expert block in one launch.
+    ExpertBlock = "expert_block" "expert_block" [Struct(120)] shared;
+    /// Cuts decode rows into pieces.
+    MlaPlan = "mla_decode" "mla_plan" [P, U32, U32, P, P, P];
+    /// Rotary queries into query tiles.
+    MlaQueryRope = "mla_decode" "mla_query_rope" [P, U64, P, U32, U32, U32, U32, U32];
+    /// Absorbed attention, 512 latent columns.
+    MlaDecode512 = "mla_decode" "mla_decode_512" [Struct(120)] shared;
+    /// Absorbed attention, 128 latent columns.
+    MlaDecode128 = "mla_decode" "mla_decode_128" [Struct(120)] shared;
+    /// Naive attention, 64 columns a head.
+    MlaPrefill64 = "mla_prefill" "mla_prefill_64" [Struct(104)] shared;
+    /// Naive attention, 128 columns a head.
+    MlaPrefill128 = "mla_prefill" "mla_prefill_128" [Struct(104)] shared;
     /// The choice of experts.
     Choose = "gate" "choose" [P, P, U32, U32, U32, U32, U32, F32, P, P, P] shared;
 }
@@ -187,7 +253,8 @@ mod tests {
         found
     }
 
-    fn kind(declaration: &str) -> Kind {
+    /// `text` holds the size of a structure in its static_assert.
+    fn kind(text: &str, declaration: &str) -> Kind {
         let words: Vec<_> = declaration.split_whitespace().collect();
         if declaration.contains('*') {
             return Kind::Pointer;
@@ -196,7 +263,13 @@ mod tests {
             "u32" | "int" => Kind::U32,
             "u64" | "i64" => Kind::U64,
             "float" => Kind::F32,
-            other => panic!("{declaration}: what is {other}?"),
+            other => {
+                let (_, size) =
+                    text.split_once(&format!("static_assert(sizeof({other}) == ")).unwrap_or_else(|| {
+                        panic!("{declaration}: what is {other}?");
+                    });
+                Kind::Struct(size.split(',').next().unwrap().parse().unwrap())
+            }
         }
     }
 
@@ -206,7 +279,7 @@ mod tests {
         for file in files() {
             let text = std::fs::read_to_string(sources().join(format!("{file}.cu"))).unwrap();
             for (name, args) in entry_points(&text) {
-                let kinds: Vec<_> = args.iter().map(|arg| kind(arg)).collect();
+                let kinds: Vec<_> = args.iter().map(|arg| kind(&text, arg)).collect();
                 let entry = TABLE.iter().find(|entry| entry.file == file && entry.name == name);
                 let entry = entry.unwrap_or_else(|| panic!("{name} of {file}.cu is not in the table"));
                 assert_eq!(entry.args, kinds, "{file}.cu: {name}({})", args.join(", "));
