@@ -16,7 +16,8 @@ pub struct SamplingParams {
     pub top_k: Option<u32>,
     /// Keep tokens at least this likely relative to the most likely one. In [0, 1].
     pub min_p: f32,
-    /// Divides positive and multiplies negative logits of tokens seen in prompt or output. > 0, 1 is off.
+    /// Divides positive and multiplies negative logits of tokens seen in prompt or output. Range 0.01 to 100
+    /// (beyond it F32 overflows long before a text has a use for it); 1 is off.
     pub repetition_penalty: f32,
     /// Subtracted from the logit of every token that the output contains. Range -2 to 2.
     pub presence_penalty: f32,
@@ -52,21 +53,16 @@ impl SamplingParams {
     pub fn validate(&self) -> Result<(), SamplingParamsError> {
         let top_k = self.top_k.map_or(1.0, f64::from);
         let logprobs = f64::from(self.logprobs.unwrap_or(0));
-        let (temperature, top_p) = (f64::from(self.temperature), f64::from(self.top_p));
-        let (min_p, repetition) = (f64::from(self.min_p), f64::from(self.repetition_penalty));
-        let (presence, frequency) = (f64::from(self.presence_penalty), f64::from(self.frequency_penalty));
+        let (temperature, top_p) = (as_written(self.temperature), as_written(self.top_p));
+        let (min_p, repetition) = (as_written(self.min_p), as_written(self.repetition_penalty));
+        let (presence, frequency) = (as_written(self.presence_penalty), as_written(self.frequency_penalty));
         // NaN fails every comparison, so it is refused like any value out of range.
         let checks = [
             ("temperature", temperature, (0.0..=2.0).contains(&temperature), "between 0 and 2"),
             ("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0 and at most 1"),
             ("top_k", top_k, top_k >= 1.0, "at least 1 (leave it out to keep all)"),
             ("min_p", min_p, (0.0..=1.0).contains(&min_p), "between 0 and 1"),
-            (
-                "repetition_penalty",
-                repetition,
-                repetition > 0.0 && repetition.is_finite(),
-                "above 0 and finite",
-            ),
+            ("repetition_penalty", repetition, (0.01..=100.0).contains(&repetition), "between 0.01 and 100"),
             ("presence_penalty", presence, (-2.0..=2.0).contains(&presence), "between -2 and 2"),
             ("frequency_penalty", frequency, (-2.0..=2.0).contains(&frequency), "between -2 and 2"),
             ("logprobs", logprobs, logprobs <= f64::from(MAX_LOGPROBS), "at most 20"),
@@ -76,6 +72,11 @@ impl SamplingParams {
             None => Ok(()),
         }
     }
+}
+
+/// The shortest decimal that is this F32: 2.1 and not 2.0999999046325684, in bounds and in errors.
+fn as_written(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or_else(|_| f64::from(value))
 }
 
 /// A sampling parameter is out of its range.
@@ -132,7 +133,7 @@ mod tests {
             top_p: f32::MIN_POSITIVE,
             top_k: Some(1),
             min_p: 1.0,
-            repetition_penalty: f32::MIN_POSITIVE,
+            repetition_penalty: 0.01,
             presence_penalty: -2.0,
             frequency_penalty: 2.0,
             logprobs: Some(MAX_LOGPROBS),
@@ -145,7 +146,7 @@ mod tests {
             ("top_p", |p, v| p.top_p = v, &[0.0, -1.0, 1.1]),
             ("top_k", |p, v| p.top_k = Some(v as u32), &[0.0]),
             ("min_p", |p, v| p.min_p = v, &[-0.1, 1.1]),
-            ("repetition_penalty", |p, v| p.repetition_penalty = v, &[0.0, -1.0]),
+            ("repetition_penalty", |p, v| p.repetition_penalty = v, &[0.0, -1.0, 1e-44, 0.0099, 100.1, 1e38]),
             ("presence_penalty", |p, v| p.presence_penalty = v, &[-2.1, 2.1]),
             ("frequency_penalty", |p, v| p.frequency_penalty = v, &[-2.1, 2.1]),
             ("logprobs", |p, v| p.logprobs = Some(v as u32), &[21.0]),
@@ -159,7 +160,8 @@ mod tests {
                 change(&mut params, value);
                 let error = params.validate().expect_err(field);
                 assert_eq!(error.field, field, "{value}");
-                assert!(error.to_string().starts_with(field), "{error}");
+                let words = format!("{field}: {value} is not allowed");
+                assert!(error.to_string().starts_with(&words), "{error} is not {words}");
             }
         }
     }
