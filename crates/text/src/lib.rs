@@ -27,4 +27,4 @@ pub use chat_template::{ChatMessage, ChatTemplate, Content, ContentPart, RenderL
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
 pub use stop_strings::{MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, StopStrings, StopStringsError};
-pub use tokenizer::{SpecialTokens, Tokenizer};
+pub use tokenizer::{EncodeError, SpecialTokens, Tokenizer};

@@ -9,6 +9,7 @@
 //! BOS and is encoded with `false`, as Hugging Face does.
 
 mod files;
+mod pieces;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -27,6 +28,7 @@ use crate::{
     vocabulary::Vocabulary,
 };
 use files::{Templates, TokenizerConfig};
+use pieces::Pieces;
 
 const TOKENIZER_FILE: &str = "tokenizer.json";
 const SAME_CHECKPOINT: &str = "copy it unchanged from the checkpoint that the weights came from";
@@ -37,6 +39,7 @@ const SAME_CHECKPOINT: &str = "copy it unchanged from the checkpoint that the we
 pub struct Tokenizer {
     bpe: Bpe,
     vocabulary: Arc<Vocabulary>,
+    pieces: Option<Pieces>,
     special: SpecialTokens,
     bos: Option<TokenId>,
     eos: Option<TokenId>,
@@ -44,6 +47,23 @@ pub struct Tokenizer {
     add_eos: bool,
     eos_ids: Vec<TokenId>,
     template: Option<ChatTemplate>,
+}
+
+/// Why a text has no ids.
+#[derive(Debug, thiserror::Error)]
+pub enum EncodeError {
+    /// It has more than were asked for.
+    #[error("the text has at least {tokens} tokens")]
+    TooLong {
+        /// Tokens counted so far.
+        tokens: usize,
+    },
+    /// Whoever asked wants them no more.
+    #[error("encoding was stopped")]
+    Stopped,
+    /// The tokenizer refused it.
+    #[error(transparent)]
+    Text(#[from] TextError),
 }
 
 /// The texts of the special tokens that `tokenizer_config.json` names, as templates see them.
@@ -100,6 +120,7 @@ impl Tokenizer {
         }
         let template = config.templates.map(|found| compile(found, &config.special)).transpose()?;
         Ok(Self {
+            pieces: Pieces::of(&bpe),
             bpe,
             vocabulary: Arc::new(vocabulary),
             special: config.special,
@@ -121,7 +142,39 @@ impl Tokenizer {
             .bpe
             .encode_fast(text, false)
             .map_err(|error| TextError::Encode { bytes: text.len(), reason: error.to_string() })?;
-        let mut ids = encoding.get_ids().to_vec();
+        Ok(self.with_special(encoding.get_ids().to_vec(), add_special))
+    }
+
+    /// As [`Self::encode`], for texts of strangers: piece by piece, so that it takes memory for one piece, ends
+    /// soon after `stop` says so, and after the piece in which the text turns out to have `limit_tokens` or
+    /// more. A text of one piece is encoded to its end.
+    pub fn encode_within(
+        &self,
+        text: &str,
+        add_special: bool,
+        limit_tokens: usize,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<Vec<TokenId>, EncodeError> {
+        match &self.pieces {
+            Some(pieces) if !pieces.holds(text) => {
+                let ids = pieces.encode(&self.bpe, text, limit_tokens, stop)?;
+                Ok(self.with_special(ids, add_special))
+            }
+            _ if stop() => Err(EncodeError::Stopped),
+            _ => Ok(self.encode(text, add_special)?),
+        }
+    }
+
+    /// Tokens that a text of so many bytes has at least: no token is longer than the longest. 0 where the
+    /// tokenizer may drop parts of a text.
+    pub fn least_tokens(&self, text: &str) -> usize {
+        match self.pieces.as_ref().and(self.vocabulary.longest()) {
+            Some(longest) => text.len().div_ceil(longest),
+            None => 0,
+        }
+    }
+
+    fn with_special(&self, mut ids: Vec<TokenId>, add_special: bool) -> Vec<TokenId> {
         if add_special {
             if let Some(bos) = self.bos.filter(|_| self.add_bos)
                 && ids.first() != Some(&bos)
@@ -134,7 +187,7 @@ impl Tokenizer {
                 ids.push(eos);
             }
         }
-        Ok(ids)
+        ids
     }
 
     /// The text of ids, all at once. Bytes that are no UTF-8 become U+FFFD, unknown ids nothing.

@@ -26,6 +26,7 @@ pub(crate) struct Vocabulary {
     /// End of each token in `bytes`; it begins where the one before ends.
     ends: Vec<u32>,
     kinds: Vec<Kind>,
+    longest: Option<usize>,
 }
 
 impl Vocabulary {
@@ -51,7 +52,8 @@ impl Vocabulary {
     }
 
     fn pack(entries: &[(TokenId, Kind, Vec<u8>)]) -> Result<Self, String> {
-        let mut table = Self { bytes: Vec::new(), ends: Vec::new(), kinds: Vec::new() };
+        let mut table =
+            Self { bytes: Vec::new(), ends: Vec::new(), kinds: Vec::new(), longest: longest(entries) };
         for (id, kind, bytes) in entries {
             if (*id as usize) < table.kinds.len() {
                 return Err(format!("token id {id} is given twice"));
@@ -76,6 +78,11 @@ impl Vocabulary {
     /// Ids are below this.
     pub(crate) fn len(&self) -> usize {
         self.kinds.len()
+    }
+
+    /// Bytes of the longest token; `None` if not every byte has a token, so that parts of a text may vanish.
+    pub(crate) fn longest(&self) -> Option<usize> {
+        self.longest
     }
 
     /// The bytes of a token; `None` for an id that is a hole or beyond the table.
@@ -105,6 +112,18 @@ impl Vocabulary {
     pub(crate) fn special_ids(&self) -> impl Iterator<Item = TokenId> + '_ {
         (0..).zip(&self.kinds).filter(|(_, kind)| **kind == Kind::Special).map(|(id, _)| id)
     }
+}
+
+/// The longest of the tokens, if every byte is one.
+fn longest(entries: &[(TokenId, Kind, Vec<u8>)]) -> Option<usize> {
+    let mut single = [false; 256];
+    for (_, _, bytes) in entries {
+        if let [byte] = bytes.as_slice() {
+            single[usize::from(*byte)] = true;
+        }
+    }
+    let longest = entries.iter().map(|(_, _, bytes)| bytes.len()).max()?;
+    single.iter().all(|is_token| *is_token).then_some(longest)
 }
 
 /// The byte-level alphabet: printable Latin-1 characters stand for themselves, the other 68 bytes for
