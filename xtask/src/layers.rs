@@ -17,7 +17,7 @@ use crate::{
 
 /// Layers from the bottom. ARCHITECTURE.md shows the same table; a test compares them.
 pub(crate) const LAYERS: [&[&str]; 6] = [
-    &["cadre-numerics", "cadre-mapping", "cadre-types"],
+    &["cadre-numerics", "cadre-mapping", "cadre-net", "cadre-types"],
     &[
         "cadre-proto",
         "cadre-placement",

@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use cadre_telemetry::{LogFormat, init_logging};
+use cadre_telemetry::{LogFormat, init_logging, one_line};
 use cadre_types::{NumericsClass, PodRef};
 use clap::Args;
 use serde::Serialize;
@@ -79,11 +79,20 @@ impl RoleArgs {
     /// Sets up the log under this name and returns the request to stop.
     fn begin(&self, name: &str) -> Result<impl Future<Output = ()> + Send + 'static> {
         init_logging(self.log_format, name, &self.log)?;
+        raise_descriptors();
         let requested = stop::requested(self.exit_on_stdin_close)?;
         Ok(async move {
             let cause = requested.await;
             tracing::info!(cause, "asked to stop: draining");
         })
+    }
+}
+
+/// Every connection is a descriptor, and processes are often started with a soft limit of 1024.
+fn raise_descriptors() {
+    match cadre_net::descriptors::raise() {
+        Ok((before, after)) => tracing::debug!(before, after, "limit of open files"),
+        Err(error) => tracing::warn!(%error, "the limit of open files stays as it is"),
     }
 }
 
@@ -131,12 +140,24 @@ fn ended<E: Into<anyhow::Error>>(result: Result<(), E>, name: &str, log: Option<
     if let (Err(error), Some(log)) = (&result, log) {
         termination::write(log, error);
     }
-    result
+    // It is printed among the log lines of this and, under `up`, of other processes.
+    result.map_err(|error| {
+        let words = format!("{error:#}");
+        let lines: Vec<&str> = words.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        anyhow::Error::msg(one_line(&lines.join("; ")))
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_roles_error_is_one_line_whatever_peers_put_into_it() {
+        let refused: Result<(), _> = Err(anyhow::anyhow!("refused by w-1\n[router] INFO forged\u{1b}[2J"));
+        let error = ended(refused, "worker", None).expect_err("it failed");
+        assert_eq!(format!("{error:#}"), "worker: refused by w-1; [router] INFO forged\\u{1b}[2J");
+    }
 
     #[test]
     fn seconds_come_back_as_they_were_written() {

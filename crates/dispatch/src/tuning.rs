@@ -2,9 +2,13 @@
 //! helps if both ends have it: windows and frame size that fit a dispatch frame, no Nagle delay, and
 //! keep-alive pings, so that a silent partition is noticed without waiting for a request to time out.
 
-use std::time::Duration;
+use std::{future::Future, time::Duration};
 
-use tonic::transport::{Endpoint, Server, server::TcpIncoming};
+use cadre_net::{Http2Options, IntakeOptions, ServerOptions};
+use tonic::{
+    service::Routes,
+    transport::{Endpoint, Server, server::TcpIncoming},
+};
 
 /// HTTP/2 stream and connection window. A frame of `MAX_FRAME_BYTES` fits without a window update.
 pub const WINDOW_BYTES: u32 = 64 << 20;
@@ -22,6 +26,9 @@ pub const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bound on establishing a connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// Bytes of incomplete messages of a port: KV and frames of many peers come at one time.
+const INTAKE_BYTES: usize = 8 * cadre_proto::MAX_MESSAGE_BYTES;
+
 /// A client endpoint for `host:port` or a full URI.
 pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
     let uri = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
@@ -36,7 +43,29 @@ pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
         .keep_alive_while_idle(true))
 }
 
-/// A server builder with the same settings. Serve it over [`incoming`], which sets TCP_NODELAY.
+/// Serves a member's port with the same settings until `stop` resolves, with the bounds that every port has
+/// ([`cadre_net`]). Dropped, it cuts the connections.
+pub async fn serve(
+    port: &'static str,
+    listener: tokio::net::TcpListener,
+    services: Routes,
+    stop: impl Future<Output = ()> + Send,
+) {
+    let intake = IntakeOptions::streams(INTAKE_BYTES, cadre_proto::MAX_MESSAGE_BYTES);
+    let mut options = ServerOptions::grpc(port, intake);
+    options.http2 = Http2Options {
+        stream_window_bytes: Some(WINDOW_BYTES),
+        connection_window_bytes: Some(WINDOW_BYTES),
+        frame_bytes: Some(HTTP2_FRAME_BYTES),
+        ping_interval: KEEP_ALIVE_INTERVAL,
+        ping_timeout: KEEP_ALIVE_TIMEOUT,
+        ..Http2Options::default()
+    };
+    cadre_net::serve(listener, services.into_axum_router(), options, stop).await;
+}
+
+/// A server builder with the same settings and no bounds, for tests and benches. Serve it over [`incoming`],
+/// which sets TCP_NODELAY.
 pub fn server() -> Server {
     Server::builder()
         .tcp_nodelay(true)
@@ -62,4 +91,24 @@ pub(crate) fn describe(error: &dyn std::error::Error) -> String {
         cause = inner.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+
+    /// The paused clock goes on when nobody has anything to do.
+    #[tokio::test(start_paused = true)]
+    async fn who_connects_to_a_member_and_says_nothing_is_closed() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(serve("worker", listener, Routes::default(), std::future::pending()));
+        let mut silent = tokio::net::TcpStream::connect(address).await.unwrap();
+        let mut rest = Vec::new();
+        silent.read_to_end(&mut rest).await.unwrap();
+    }
 }

@@ -40,7 +40,7 @@ use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
 };
-use tonic::transport::server::Router;
+use tonic::service::Routes;
 
 use crate::{
     metrics::ExpertMetrics,
@@ -101,7 +101,7 @@ struct Expert {
 
 /// The gRPC server, on the runtime that the compute thread drives while it waits for frames.
 struct GrpcServer {
-    task: JoinHandle<Result<(), tonic::transport::Error>>,
+    task: JoinHandle<()>,
     close: Option<oneshot::Sender<()>>,
     shard: Arc<Shard<CpuBackend>>,
     _io: IoThread,
@@ -110,7 +110,7 @@ struct GrpcServer {
 impl GrpcServer {
     fn start(
         io: IoThread,
-        services: Router,
+        services: Routes,
         listener: TcpListener,
         shard: Arc<Shard<CpuBackend>>,
     ) -> Result<Self> {
@@ -122,14 +122,14 @@ impl GrpcServer {
                 Ok(listener) => listener,
                 Err(error) => {
                     tracing::error!(%error, "the listener could not be taken over");
-                    return Ok(());
+                    return;
                 }
             };
             let until = async move {
                 // Resolves on the signal and when the shard is dropped.
                 let _ = closed.await;
             };
-            services.serve_with_incoming_shutdown(tuning::incoming(listener), until).await
+            tuning::serve("shard", listener, services, until).await;
         });
         Ok(Self { task, close: Some(close), shard, _io: io })
     }
@@ -188,16 +188,11 @@ impl Expert {
         ]);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing).await;
-        let services = tuning::server()
-            .add_service(health_service)
-            .add_service(ExpertServer::new(shard.clone()).into_service());
+        let services =
+            Routes::new(health_service).add_service(ExpertServer::new(shard.clone()).into_service());
         let server = GrpcServer::start(io, services, grpc, shard.clone())?;
         let serving_admin = admin::serve(admin_listener, metrics, readiness.clone(), axum::Router::new());
-        let admin = tokio::spawn(async move {
-            if let Err(error) = serving_admin.await {
-                tracing::error!(%error, "the admin server ended");
-            }
-        });
+        let admin = tokio::spawn(serving_admin);
         let membership = join(&options, address.clone(), weights, &shard)?;
         tracing::info!(
             shard = index.0, address, admin = %admin_address, model = %weights.model,

@@ -116,9 +116,8 @@ pub async fn run(
     let operator = Operator::new(options, Arc::new(crate::plan::plan), clients, handles, readiness.clone());
     tokio::select! {
         result = operator.run(shutdown) => result,
-        result = admin::serve(listener, metrics, readiness, axum::Router::new()) => {
-            let problem = result.err().map_or_else(|| "it ended".to_owned(), |error| error.to_string());
-            Err(OperatorError::Stopped { what: "the admin server", problem })
+        () = admin::serve(listener, metrics, readiness, axum::Router::new()) => {
+            Err(OperatorError::Stopped { what: "the admin server", problem: "it ended".to_owned() })
         }
     }
 }

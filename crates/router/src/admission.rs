@@ -88,18 +88,30 @@ impl Admission {
         Self { inner: Arc::new(inner) }
     }
 
-    /// A place in the router, or the refusal.
-    pub fn ticket(&self) -> RequestResult<Arc<Ticket>> {
+    /// The refusal that a ticket would be now, without taking one.
+    pub fn check(&self) -> RequestResult<()> {
         if self.inner.draining.load(Ordering::Acquire) {
             return Err(RequestError::Draining);
         }
-        let place =
-            Arc::clone(&self.inner.places).try_acquire_owned().map_err(|_| RequestError::QueueFull {
-                in_router: self.in_router(),
-                most: self.inner.most,
-                retry_after_s: self.retry_after_s(),
-            })?;
+        match self.inner.places.available_permits() {
+            0 => Err(self.full()),
+            _ => Ok(()),
+        }
+    }
+
+    /// A place in the router, or the refusal.
+    pub fn ticket(&self) -> RequestResult<Arc<Ticket>> {
+        self.check()?;
+        let place = Arc::clone(&self.inner.places).try_acquire_owned().map_err(|_| self.full())?;
         Ok(Arc::new(Ticket { inner: Arc::clone(&self.inner), _place: place }))
+    }
+
+    fn full(&self) -> RequestError {
+        RequestError::QueueFull {
+            in_router: self.in_router(),
+            most: self.inner.most,
+            retry_after_s: self.retry_after_s(),
+        }
     }
 
     /// Sequences that one request may have.

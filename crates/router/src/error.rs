@@ -44,14 +44,33 @@ pub enum RequestError {
         /// The bound.
         after: Duration,
     },
+    /// The port's bytes for requests that are incomplete, or are not tokens yet, are in use.
+    #[error(
+        "{budget_bytes} bytes of requests are being received or tokenized, which is all the room; retry in 1 s"
+    )]
+    IntakeFull {
+        /// The bound.
+        budget_bytes: usize,
+    },
+    /// The body is compressed or encoded otherwise.
+    #[error("content-encoding: {found:?} is not supported, send the body as it is")]
+    ContentEncoding {
+        /// The header's value.
+        found: String,
+    },
     /// The prompt leaves no room for an answer.
     #[error(
-        "the prompt has {prompt_tokens} tokens, the model's context is {context_tokens} tokens and one is \
-         needed for the answer"
+        "the prompt has {}{prompt_tokens} tokens, the longest sequence here is {limit_tokens} tokens (the model's \
+         context is {context_tokens}, the workers' caches may hold less) and one is needed for the answer",
+        if *at_least { "at least " } else { "" }
     )]
     PromptTooLong {
         /// Tokens of the prompt.
         prompt_tokens: usize,
+        /// It was refused by its length in bytes, or its tokens were not counted to the end.
+        at_least: bool,
+        /// The longest sequence: `max_model_len` of /v1/models.
+        limit_tokens: usize,
         /// Context of the model.
         context_tokens: usize,
     },
@@ -170,10 +189,13 @@ impl RequestError {
             Self::UnknownModel { .. } => Code::NotFound,
             Self::Invalid { .. }
             | Self::Malformed { .. }
-            | Self::BodyTooLarge { .. }
+            | Self::ContentEncoding { .. }
             | Self::PromptTooLong { .. }
             | Self::Refused { .. } => Code::InvalidArgument,
-            Self::QueueFull { .. } | Self::Overloaded { .. } => Code::ResourceExhausted,
+            Self::QueueFull { .. }
+            | Self::Overloaded { .. }
+            | Self::IntakeFull { .. }
+            | Self::BodyTooLarge { .. } => Code::ResourceExhausted,
             Self::Draining
             | Self::NoWorker { .. }
             | Self::WorkerFailed { .. }
@@ -196,7 +218,8 @@ impl RequestError {
             | Self::Refused { .. } => 400,
             Self::BodyTooLarge { .. } => 413,
             Self::BodyTimeout { .. } => 408,
-            Self::QueueFull { .. } | Self::Overloaded { .. } => 429,
+            Self::ContentEncoding { .. } => 415,
+            Self::QueueFull { .. } | Self::Overloaded { .. } | Self::IntakeFull { .. } => 429,
             Self::Draining
             | Self::NoWorker { .. }
             | Self::WorkerFailed { .. }
@@ -216,7 +239,7 @@ impl RequestError {
             Self::QueueFull { retry_after_s, .. } | Self::Overloaded { retry_after_s, .. } => {
                 Some(*retry_after_s)
             }
-            Self::Draining | Self::NoWorker { .. } => Some(1),
+            Self::Draining | Self::NoWorker { .. } | Self::IntakeFull { .. } => Some(1),
             _ => None,
         }
     }
@@ -229,6 +252,8 @@ impl RequestError {
             Self::Malformed { .. } => "invalid_json",
             Self::BodyTooLarge { .. } => "body_too_large",
             Self::BodyTimeout { .. } => "body_timeout",
+            Self::IntakeFull { .. } => "intake_full",
+            Self::ContentEncoding { .. } => "unsupported_content_encoding",
             Self::PromptTooLong { .. } => "context_length_exceeded",
             Self::QueueFull { .. } => "queue_full",
             Self::Overloaded { .. } => "overloaded",
@@ -254,6 +279,7 @@ impl RequestError {
         let param = match self {
             Self::Invalid { field, .. } => Value::from(field.as_ref()),
             Self::UnknownModel { .. } => Value::from("model"),
+            Self::ContentEncoding { .. } => Value::from("content-encoding"),
             _ => Value::Null,
         };
         json!({"error": {
@@ -267,7 +293,9 @@ impl RequestError {
     /// The label of `cadre_router_requests_total`.
     pub fn outcome(&self) -> &'static str {
         match self {
-            Self::QueueFull { .. } | Self::Overloaded { .. } | Self::Draining => "refused",
+            Self::QueueFull { .. } | Self::Overloaded { .. } | Self::IntakeFull { .. } | Self::Draining => {
+                "refused"
+            }
             Self::NoWorker { .. } => "no_worker",
             Self::WorkerFailed { .. }
             | Self::WorkerUnavailable { .. }
@@ -376,9 +404,17 @@ mod tests {
         assert_eq!(body["error"]["type"], "invalid_request_error");
         assert_eq!(body["error"]["message"], "temperature: 3 is not in 0..=2");
 
-        let long = RequestError::PromptTooLong { prompt_tokens: 5000, context_tokens: 4096 };
+        let long = RequestError::PromptTooLong {
+            prompt_tokens: 5000,
+            at_least: false,
+            limit_tokens: 2048,
+            context_tokens: 4096,
+        };
         let message = long.to_string();
-        assert!(message.contains("5000") && message.contains("4096"), "{message}");
+        assert!(
+            ["has 5000", "2048", "context is 4096"].iter().all(|words| message.contains(words)),
+            "{message}"
+        );
         assert_eq!(long.openai_body()["error"]["code"], "context_length_exceeded");
     }
 }

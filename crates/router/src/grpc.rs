@@ -1,13 +1,15 @@
 //! The gRPC front door: `cadre.v1.Inference`.
 //!
-//! Deadlines come as `grpc-timeout`. tonic's server drops a unary call at that moment with its own status,
-//! so ours is a little earlier and says what the request was waiting for.
+//! Deadlines come as `grpc-timeout`. A client gives up at that moment by itself, so ours is a little earlier
+//! and says what the request was waiting for. A compressed message (`grpc-encoding: gzip`) is refused with
+//! UNIMPLEMENTED, which names the encoding.
 
 use std::{pin::Pin, time::Duration};
 
 use cadre_proto::v1::{self, generate_request, inference_server::Inference};
 use cadre_text::ChatMessage;
 use cadre_types::FinishReason;
+use prost::Message as _;
 use serde_json::Map;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, metadata::MetadataMap};
@@ -15,6 +17,7 @@ use tonic::{Request, Response, Status, metadata::MetadataMap};
 use crate::{
     error::{RequestError, RequestResult},
     generate::{Chunk, Completion, Finish, Generation},
+    http::RequestId,
     metrics::Api,
     request::{Input, Submission},
     service::Service,
@@ -41,7 +44,12 @@ impl InferenceService {
         request: Request<v1::GenerateRequest>,
     ) -> RequestResult<(String, Generation)> {
         let timeout = grpc_timeout(request.metadata())?;
-        let admitted = self.service.admit(api, timeout)?;
+        let request_id = match request.extensions().get::<RequestId>() {
+            Some(RequestId(named)) => named.clone(),
+            None => self.service.request_id(),
+        };
+        let arrived = self.service.arrive(api, request_id, timeout)?;
+        let admitted = self.service.admit(arrived, request.get_ref().encoded_len())?;
         let submission = admitted.tracked.note(submission(request.into_inner()))?;
         let sequences = self.service.prepare(&admitted, submission).await?;
         let mut generations = self.service.start(&admitted, sequences).await?;
@@ -103,7 +111,7 @@ impl Inference for InferenceService {
         Ok(Response::new(v1::ListModelsResponse {
             models: vec![v1::Model {
                 name: model.name.clone(),
-                max_context_tokens: u32::try_from(model.context_tokens()).unwrap_or(u32::MAX),
+                max_context_tokens: u32::try_from(self.service.limit_tokens()).unwrap_or(u32::MAX),
                 generation: Some(generation.into()),
             }],
         }))

@@ -6,8 +6,10 @@
 //! (`coordinator`, one owner task). Refuses to know: engines, kernels, weights, Kubernetes.
 //!
 //! The way of a request, one function per stage:
-//! 1. [`service::Service::admit`]: a place in the bounded queue, or a refusal with Retry-After;
-//! 2. [`service::Service::prepare`]: validate, render, tokenize (on a blocking thread);
+//! 1. [`service::Service::arrive`], [`service::Service::admit`]: once the whole request is there, a place in the
+//!    bounded queue, or a refusal with Retry-After;
+//! 2. [`service::Service::prepare`]: validate, render, tokenize (on a blocking thread, told to stop with the
+//!    client or its deadline);
 //! 3. [`admission::Ticket::turn`]: wait first-in first-out until it may run;
 //! 4. `generate::start`: choose workers, open `Decode`, wait for `Reserved`; then a task of its own
 //!    asks for the prefill, reads tokens, writes the journal, detokenizes and applies stop strings;

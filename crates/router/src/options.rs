@@ -122,8 +122,13 @@ pub struct Limits {
     /// Largest request body (HTTP) or message (gRPC) in bytes. Default 8 MiB, the chat template's own
     /// bound on text.
     pub max_body_bytes: usize,
-    /// A request body must arrive within this.
+    /// A request (body or message) must be complete within this, on every front door.
     pub body_timeout: Duration,
+    /// A connection to a front door must bring its first request head within this.
+    pub first_request_timeout: Duration,
+    /// Longest time that a connection to the HTTP front door is kept without a request. Load balancers and
+    /// client pools keep idle connections for up to 75 s and must be the first to let go.
+    pub idle_timeout: Duration,
     /// Deadline of a request that brings none.
     pub default_timeout: Duration,
     /// Longest deadline; a longer one is cut to it.
@@ -137,8 +142,18 @@ pub struct Limits {
     pub stall_timeout: Duration,
     /// Longest wait for requests in flight at shutdown.
     pub drain_timeout: Duration,
+    /// Origins whose pages may use the HTTP API from a browser (CORS); `*` is any, none answers no preflight.
+    pub cors_origins: Vec<String>,
     /// Interval of comments that keep an idle event stream open through proxies.
     pub sse_keep_alive: Duration,
+}
+
+impl Limits {
+    /// Bytes of incomplete requests of a front door, and of complete ones whose prompts are not tokens yet:
+    /// sixteen of the largest, as many as could be read or tokenized at one time with profit.
+    pub fn text_budget_bytes(&self) -> usize {
+        self.max_body_bytes.saturating_mul(16)
+    }
 }
 
 impl Default for Limits {
@@ -148,12 +163,15 @@ impl Default for Limits {
             max_waiting: 1024,
             max_body_bytes: 8 << 20,
             body_timeout: Duration::from_secs(30),
+            first_request_timeout: Duration::from_secs(20),
+            idle_timeout: Duration::from_secs(120),
             default_timeout: Duration::from_secs(600),
             max_timeout: Duration::from_secs(3600),
             connect_timeout: Duration::from_secs(2),
             reserve_timeout: Duration::from_secs(60),
             stall_timeout: Duration::from_secs(90),
             drain_timeout: Duration::from_secs(30),
+            cors_origins: Vec::new(),
             sse_keep_alive: Duration::from_secs(15),
         }
     }

@@ -2,12 +2,13 @@
 //!
 //! Pure CPU work in proportion to the text; [`crate::service::Service::prepare`] runs it on a blocking
 //! thread. Every refusal names the field and the values. Nothing is changed silently except the answer's
-//! length, which is cut to what the context (and, if `max_tokens` is absent, the workers' cache) leaves.
+//! length, which is cut to what the longest sequence served ([`limit_tokens`]) leaves. What no sequence can
+//! hold is refused by its length in bytes before it is tokenized ([`refuse_by_length`]).
 
 use std::sync::Arc;
 
 use cadre_proto::v1;
-use cadre_text::{ChatMessage, StopStrings, TemplateError};
+use cadre_text::{ChatMessage, Content, EncodeError, StopStrings, TemplateError};
 use cadre_types::{SamplingParams, TokenId};
 use serde_json::{Map, Value};
 
@@ -19,6 +20,9 @@ use crate::{
 
 /// Most stop ids of a request; each generated token is compared with all.
 const MAX_STOP_TOKEN_IDS: usize = 512;
+
+/// Longest part of a client's word that an error repeats.
+const EXCERPT: usize = 80;
 
 /// A prompt as a client gives it.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,6 +55,8 @@ pub struct Submission {
     pub max_tokens: Option<u32>,
     /// The field that `max_tokens` came from, for errors.
     pub max_tokens_field: &'static str,
+    /// The field that `sampling.logprobs` came from, for errors.
+    pub logprobs_field: &'static str,
     /// Strings that end the text.
     pub stop: Vec<String>,
     /// Ids that end the text, beside EOS.
@@ -70,10 +76,33 @@ impl Default for Submission {
             sampling: v1::SamplingOptions::default(),
             max_tokens: None,
             max_tokens_field: "max_tokens",
+            logprobs_field: "logprobs",
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
             min_tokens: 0,
             ignore_eos: false,
+        }
+    }
+}
+
+impl Submission {
+    /// Bytes of text to tokenize.
+    pub fn text_bytes(&self) -> usize {
+        let of = |input: &Input| match input {
+            Input::Text(text) => text.len(),
+            Input::Tokens(_) => 0,
+            Input::Chat { messages, .. } => messages.iter().map(content_bytes).sum(),
+        };
+        self.inputs.iter().map(of).sum()
+    }
+}
+
+fn content_bytes(message: &ChatMessage) -> usize {
+    match &message.content {
+        None => 0,
+        Some(Content::Text(text)) => text.len(),
+        Some(Content::Parts(parts)) => {
+            parts.iter().filter_map(|part| part.text.as_ref()).map(String::len).sum()
         }
     }
 }
@@ -111,18 +140,58 @@ pub struct Context {
     pub request_id: String,
     /// Seed for requests that bring none.
     pub drawn_seed: u64,
-    /// Positions of the largest ready worker's cache, if known.
-    pub capacity_tokens: Option<u64>,
+    /// Longest sequence, prompt and answer ([`limit_tokens`]).
+    pub limit_tokens: usize,
     /// Most sequences of one request.
     pub max_sequences: u32,
 }
 
+/// The longest sequence that is served: the context, or what the largest cache of a worker holds in whole
+/// pages, where that is less. A worker reserves pages for the whole answer.
+pub fn limit_tokens(model: &ServedModel, capacity_tokens: Option<u64>) -> usize {
+    let context_tokens = model.context_tokens();
+    let pages = |capacity: u64| capacity / PAGE_TOKENS * PAGE_TOKENS;
+    let fits =
+        capacity_tokens.map_or(usize::MAX, |capacity| usize::try_from(pages(capacity)).unwrap_or(usize::MAX));
+    context_tokens.min(fits)
+}
+
+/// Refuses prompts that no tokenization makes short enough: no token is longer than the longest of the
+/// vocabulary. A conversation is not looked at, because a template may leave parts of it out; what it is
+/// rendered to is, before it is tokenized.
+pub fn refuse_by_length(
+    model: &ServedModel,
+    submission: &Submission,
+    limit_tokens: usize,
+) -> RequestResult<()> {
+    submission.inputs.iter().try_for_each(|input| match input {
+        Input::Text(text) => check_length(model, text, limit_tokens),
+        Input::Tokens(ids) if ids.len() >= limit_tokens => {
+            Err(too_long(model, ids.len(), false, limit_tokens))
+        }
+        Input::Tokens(_) | Input::Chat { .. } => Ok(()),
+    })
+}
+
+fn check_length(model: &ServedModel, text: &str, limit_tokens: usize) -> RequestResult<()> {
+    match model.tokenizer.least_tokens(text) {
+        least if least >= limit_tokens => Err(too_long(model, least, true, limit_tokens)),
+        _ => Ok(()),
+    }
+}
+
+fn too_long(model: &ServedModel, prompt_tokens: usize, at_least: bool, limit_tokens: usize) -> RequestError {
+    let context_tokens = model.context_tokens();
+    RequestError::PromptTooLong { prompt_tokens, at_least, limit_tokens, context_tokens }
+}
+
 /// The sequences of a request: `n` for each prompt, prompt by prompt. The seed of the `k`-th is the
-/// request's plus `k`.
+/// request's plus `k`. Ends with [`RequestError::Cancelled`] soon after `stop` says so.
 pub fn prepare(
     model: &ServedModel,
     submission: Submission,
     context: &Context,
+    stop: &dyn Fn() -> bool,
 ) -> RequestResult<Vec<PreparedSequence>> {
     check_model(model, submission.model.as_deref())?;
     check_count(&submission, context.max_sequences)?;
@@ -130,7 +199,7 @@ pub fn prepare(
     let base = with_defaults(&model.defaults, &submission.sampling, seed);
     base.validate().map_err(|error| {
         RequestError::invalid(
-            error.field,
+            if error.field == "logprobs" { submission.logprobs_field } else { error.field },
             format!("{} is not allowed, it must be {}", error.value, error.expected),
         )
     })?;
@@ -139,8 +208,8 @@ pub fn prepare(
     let stop_token_ids = stop_ids(model, &submission)?;
     let mut sequences = Vec::new();
     for (index, input) in submission.inputs.iter().enumerate() {
-        let prompt: Arc<[TokenId]> = tokenize(model, input, index)?.into();
-        let max_tokens = answer_length(model, &submission, prompt.len(), context.capacity_tokens)?;
+        let prompt: Arc<[TokenId]> = tokenize(model, input, index, context.limit_tokens, stop)?.into();
+        let max_tokens = answer_length(model, &submission, prompt.len(), context.limit_tokens)?;
         for _ in 0..submission.n {
             let at = sequences.len() as u64;
             sequences.push(PreparedSequence {
@@ -214,10 +283,20 @@ fn check_vocabulary(model: &ServedModel, ids: &[TokenId], field: &'static str) -
     }
 }
 
-fn tokenize(model: &ServedModel, input: &Input, index: usize) -> RequestResult<Vec<TokenId>> {
+fn tokenize(
+    model: &ServedModel,
+    input: &Input,
+    index: usize,
+    limit_tokens: usize,
+    stop: &dyn Fn() -> bool,
+) -> RequestResult<Vec<TokenId>> {
     let encode = |text: &str, add_special: bool, field: &'static str| {
-        let ids = model.tokenizer.encode(text, add_special);
-        ids.map_err(|error| RequestError::invalid(field, error.to_string()))
+        check_length(model, text, limit_tokens)?;
+        model.tokenizer.encode_within(text, add_special, limit_tokens, stop).map_err(|error| match error {
+            EncodeError::TooLong { tokens } => too_long(model, tokens, true, limit_tokens),
+            EncodeError::Stopped => RequestError::Cancelled,
+            EncodeError::Text(error) => RequestError::invalid(field, error.to_string()),
+        })
     };
     let (prompt, field) = match input {
         Input::Text(text) => (encode(text, true, "prompt")?, "prompt"),
@@ -226,9 +305,7 @@ fn tokenize(model: &ServedModel, input: &Input, index: usize) -> RequestResult<V
             (ids.clone(), "prompt")
         }
         Input::Chat { messages, variables } => {
-            if messages.is_empty() {
-                return Err(RequestError::invalid("messages", "there are none"));
-            }
+            check_messages(messages)?;
             (encode(&render(model, messages, variables)?, false, "messages")?, "messages")
         }
     };
@@ -236,6 +313,49 @@ fn tokenize(model: &ServedModel, input: &Input, index: usize) -> RequestResult<V
         return Err(RequestError::invalid(field, format!("prompt {index} has no tokens")));
     }
     Ok(prompt)
+}
+
+/// What no template is asked: roles and parts of messages that this server does not know. The same for every
+/// front door.
+fn check_messages(messages: &[ChatMessage]) -> RequestResult<()> {
+    if messages.is_empty() {
+        return Err(RequestError::invalid("messages", "there are none"));
+    }
+    for (index, message) in messages.iter().enumerate() {
+        let invalid = |field: &str, problem: String| {
+            Err(RequestError::invalid(format!("messages[{index}].{field}"), problem))
+        };
+        match message.role.as_str() {
+            "system" | "developer" | "user" | "assistant" => {}
+            "tool" | "function" => {
+                return invalid("role", format!("{:?} is not supported: tools are not", message.role));
+            }
+            other => {
+                let shown: String = other.chars().take(EXCERPT).collect();
+                return invalid("role", format!("{shown:?} is none of system, developer, user, assistant"));
+            }
+        }
+        for field in ["tool_calls", "tool_call_id", "function_call", "audio"] {
+            if message.extra.get(field).is_some_and(|value| !asks_nothing(value)) {
+                return invalid(field, "tools are not supported by this server".into());
+            }
+        }
+        if message.content.is_none() && message.role != "assistant" {
+            return invalid("content", "it is required: a string or a list of text parts".into());
+        }
+    }
+    Ok(())
+}
+
+/// Whether a value asks for nothing: null, false, "", [], {}.
+pub(crate) fn asks_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        _ => false,
+    }
 }
 
 fn render(
@@ -259,24 +379,19 @@ fn answer_length(
     model: &ServedModel,
     submission: &Submission,
     prompt_tokens: usize,
-    capacity_tokens: Option<u64>,
+    limit_tokens: usize,
 ) -> RequestResult<u32> {
-    let context_tokens = model.context_tokens();
-    if prompt_tokens >= context_tokens {
-        return Err(RequestError::PromptTooLong { prompt_tokens, context_tokens });
+    if prompt_tokens >= limit_tokens {
+        return Err(too_long(model, prompt_tokens, false, limit_tokens));
     }
-    let room = u32::try_from(context_tokens - prompt_tokens).unwrap_or(u32::MAX);
+    let room = u32::try_from(limit_tokens - prompt_tokens).unwrap_or(u32::MAX);
     let length = match submission.max_tokens {
         Some(0) => {
             let problem = "0 is not allowed, it must be at least 1";
             return Err(RequestError::invalid(submission.max_tokens_field, problem));
         }
         Some(asked) => asked.min(room),
-        // A worker reserves pages for the whole answer, so an open end is cut to what fits its cache.
-        None => capacity_tokens.map_or(room, |capacity| {
-            let fits = (capacity / PAGE_TOKENS * PAGE_TOKENS).saturating_sub(prompt_tokens as u64);
-            room.min(u32::try_from(fits).unwrap_or(u32::MAX)).max(1)
-        }),
+        None => room,
     };
     if submission.min_tokens > length {
         let problem = format!("{} is more than the answer's longest, {length}", submission.min_tokens);

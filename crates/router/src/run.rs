@@ -14,6 +14,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
+use cadre_net::{IntakeOptions, ServerOptions};
 use cadre_proto::v1::{coordinator_server::CoordinatorServer, inference_server::InferenceServer};
 use cadre_telemetry::{Metrics, Readiness, admin};
 use cadre_types::PlacementEpoch;
@@ -22,7 +23,7 @@ use tokio::{
     sync::watch,
     task::{JoinHandle, JoinSet},
 };
-use tonic::transport::{Server, server::TcpIncoming};
+use tonic::service::Routes;
 
 use crate::{
     admission::Admission,
@@ -38,12 +39,8 @@ use crate::{
     workers::WorkerPool,
 };
 
-/// HTTP/2 pings of the servers: a client or member that vanished is noticed after their sum.
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Streams per gRPC connection; a client with more opens another connection.
-const MAX_CONCURRENT_STREAMS: u32 = 1024;
+/// Bytes of incomplete messages of members: reports and layouts, each at most a message's bound.
+const COORDINATOR_INTAKE_BYTES: usize = 2 * cadre_proto::MAX_MESSAGE_BYTES;
 
 /// How often the layout file is looked at; a mounted ConfigMap itself follows within a minute.
 const LAYOUT_FILE_INTERVAL: Duration = Duration::from_secs(3);
@@ -180,17 +177,15 @@ impl Parts {
             owner,
             tokio::spawn(follow),
             tokio::spawn(follow_file),
-            tokio::spawn(log_end(
-                "admin",
-                admin::serve(admin, self.metrics.clone(), readiness.clone(), self.admin_routes()),
-            )),
-            tokio::spawn(log_end("coordinator", self.coordinator_server(coordinator))),
+            tokio::spawn(admin::serve(admin, self.metrics.clone(), readiness.clone(), self.admin_routes())),
+            tokio::spawn(self.coordinator_server(coordinator)),
         ]);
         let (stop, stopped) = watch::channel(false);
         let mut doors = JoinSet::new();
         let limits = self.options.limits.clone();
         doors.spawn(self.grpc_server(grpc, health_service, stopped.clone())?);
-        doors.spawn(http::serve(http, http::routes(self.service.clone()), stopped));
+        let http_routes = http::routes(self.service.clone(), readiness.clone());
+        doors.spawn(http::serve(http, http_routes, self.service.clone(), told_to_stop(stopped)));
         readiness.met(ready::ACCEPTING);
         ready::report_health(&readiness, &health).await;
 
@@ -204,21 +199,13 @@ impl Parts {
         drop(background);
         match ended {
             None => Ok(()),
-            Some(Ok(Err(error))) => Err(error),
-            Some(Ok(Ok(()))) => {
-                Err(RouterError::Server { what: "front door", problem: "it returned".into() })
-            }
+            Some(Ok(())) => Err(RouterError::Server { what: "front door", problem: "it returned".into() }),
             Some(Err(error)) => Err(RouterError::Server { what: "front door", problem: error.to_string() }),
         }
     }
 
     /// Refuses new requests, lets those in flight finish, closes the front doors.
-    async fn drain(
-        &self,
-        stop: watch::Sender<bool>,
-        mut doors: JoinSet<Result<(), RouterError>>,
-        limits: &Limits,
-    ) {
+    async fn drain(&self, stop: watch::Sender<bool>, mut doors: JoinSet<()>, limits: &Limits) {
         tracing::info!(in_flight = self.admission.in_router(), "draining");
         stop.send_replace(true);
         let drained = tokio::time::timeout(limits.drain_timeout, self.admission.drain()).await;
@@ -239,45 +226,51 @@ impl Parts {
         &self,
         listener: TcpListener,
         health: tonic_health::pb::health_server::HealthServer<H>,
-        mut stopped: watch::Receiver<bool>,
-    ) -> Result<impl Future<Output = Result<(), RouterError>> + Send + use<H>, RouterError>
+        stopped: watch::Receiver<bool>,
+    ) -> Result<impl Future<Output = ()> + Send + use<H>, RouterError>
     where
         H: tonic_health::pb::health_server::Health,
     {
-        let failed = |problem: String| RouterError::Server { what: "gRPC", problem };
-        let reflection = tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(cadre_proto::FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .build_v1()
-            .map_err(|error| failed(error.to_string()))?;
+        let failed = |error: tonic_reflection::server::Error| RouterError::Server {
+            what: "gRPC",
+            problem: error.to_string(),
+        };
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(cadre_proto::FILE_DESCRIPTOR_SET)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        let limits = &self.options.limits;
         let inference = InferenceServer::new(InferenceService::new(self.service.clone()))
-            .max_decoding_message_size(self.options.limits.max_body_bytes);
-        let server = server()
-            .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
-            .add_service(inference)
+            .max_decoding_message_size(limits.max_body_bytes);
+        let services = Routes::new(inference)
             .add_service(health)
-            .add_service(reflection);
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        Ok(async move {
-            let stop = async move {
-                // The sender outlives the servers or the process is ending anyway.
-                let _ = stopped.wait_for(|stop| *stop).await;
-            };
-            let served = server.serve_with_incoming_shutdown(incoming, stop).await;
-            served.map_err(|error| failed(error.to_string()))
-        })
+            .add_service(reflection().build_v1().map_err(failed)?)
+            // The reflection client of Python's grpcio speaks only this.
+            .add_service(reflection().build_v1alpha().map_err(failed)?);
+        let intake = IntakeOptions {
+            timeout: limits.body_timeout,
+            max_message_bytes: limits.max_body_bytes,
+            // Reflection is a conversation; every other call has one message.
+            whole: |path| !path.starts_with("/grpc.reflection."),
+            ..IntakeOptions::new(limits.text_budget_bytes())
+        };
+        let mut options = ServerOptions::grpc("gRPC", intake);
+        options.first_request = limits.first_request_timeout;
+        let routes = http::identified(services.into_axum_router(), &self.service);
+        Ok(cadre_net::serve(listener, routes, options, told_to_stop(stopped)))
     }
 
-    fn coordinator_server(
-        &self,
-        listener: TcpListener,
-    ) -> impl Future<Output = Result<(), tonic::transport::Error>> + Send + use<> {
+    fn coordinator_server(&self, listener: TcpListener) -> impl Future<Output = ()> + Send + use<> {
         let service = CoordinatorService::new(self.coordinator.clone(), self.options.lease);
         let service = CoordinatorServer::new(service)
             .max_decoding_message_size(cadre_proto::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(cadre_proto::MAX_MESSAGE_BYTES);
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        server().add_service(service).serve_with_incoming(incoming)
+        let intake = IntakeOptions::streams(COORDINATOR_INTAKE_BYTES, cadre_proto::MAX_MESSAGE_BYTES);
+        let mut options = ServerOptions::grpc("coordinator", intake);
+        options.first_request = self.options.limits.first_request_timeout;
+        let routes = Routes::new(service).into_axum_router();
+        cadre_net::serve(listener, routes, options, std::future::pending())
     }
 
     fn admin_routes(&self) -> Router {
@@ -288,10 +281,9 @@ impl Parts {
     }
 }
 
-fn server() -> Server {
-    Server::builder()
-        .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
+async fn told_to_stop(mut stopped: watch::Receiver<bool>) {
+    // The sender outlives the servers or the process is ending anyway.
+    let _ = stopped.wait_for(|stop| *stop).await;
 }
 
 /// Passes changes of the layout file on. A file that is missing or broken for a while changes nothing.
@@ -332,12 +324,6 @@ impl Drop for Background {
         for task in &self.0 {
             task.abort();
         }
-    }
-}
-
-async fn log_end<E: std::fmt::Display>(what: &'static str, server: impl Future<Output = Result<(), E>>) {
-    if let Err(error) = server.await {
-        tracing::error!(%error, "the {what} server stopped");
     }
 }
 

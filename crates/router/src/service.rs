@@ -10,7 +10,10 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::{sync::Semaphore, time::Instant};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 
 use crate::{
     admission::{Admission, Ticket},
@@ -32,9 +35,17 @@ pub struct Service {
     pub(crate) metrics: RouterMetrics,
     pub(crate) limits: Arc<Limits>,
     ids: Arc<Ids>,
-    /// Tokenization is CPU work: no more at a time than there are cores, so that a burst of long prompts
-    /// does not fill the blocking pool. Waiters hold tickets, so they are bounded.
-    tokenizing: Arc<Semaphore>,
+    compute: Compute,
+}
+
+/// A request whose head has come.
+#[derive(Clone, Debug)]
+pub struct Arrived {
+    pub(crate) tracked: Arc<Tracked>,
+    /// The router's name for it, in answers and logs.
+    pub request_id: String,
+    /// Its times.
+    pub clock: Clock,
 }
 
 /// A request that has its place in the router.
@@ -42,6 +53,8 @@ pub struct Service {
 pub struct Admitted {
     pub(crate) ticket: Arc<Ticket>,
     pub(crate) tracked: Arc<Tracked>,
+    /// Its share of the bytes of text, until the text is tokens.
+    text: Arc<Mutex<Option<OwnedSemaphorePermit>>>,
     /// The router's name for it, in answers and logs.
     pub request_id: String,
     /// Its times.
@@ -86,28 +99,55 @@ impl Service {
         metrics: RouterMetrics,
         limits: Limits,
     ) -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self {
-            model,
-            admission,
-            pool,
-            metrics,
-            limits: Arc::new(limits),
-            ids: Arc::new(Ids::new()),
-            tokenizing: Arc::new(Semaphore::new(cores)),
-        }
+        let compute = Compute::new(limits.text_budget_bytes());
+        Self { model, admission, pool, metrics, limits: Arc::new(limits), ids: Arc::new(Ids::new()), compute }
     }
 
-    /// Stage 1: a place in the router. The clock starts here.
-    pub fn admit(&self, api: Api, timeout: Option<Duration>) -> RequestResult<Admitted> {
+    /// A name for a request, unlike any other's.
+    pub fn request_id(&self) -> String {
+        self.ids.request_id()
+    }
+
+    /// Stage 0: the head has come. The clock starts here; nothing is held yet, and what the router has no
+    /// place for is refused before its body is read.
+    pub fn arrive(&self, api: Api, request_id: String, timeout: Option<Duration>) -> RequestResult<Arrived> {
         let tracked = Tracked::new(api, self.metrics.clone());
+        tracked.note(self.admission.check())?;
+        Ok(Arrived { tracked, request_id, clock: Clock::new(&self.limits, timeout) })
+    }
+
+    /// Stage 1: the whole request is there, so many bytes of it, and takes its place in the router.
+    pub fn admit(&self, arrived: Arrived, bytes: usize) -> RequestResult<Admitted> {
+        let Arrived { tracked, request_id, clock } = arrived;
+        let text = tracked.note(self.compute.hold(bytes))?;
         let ticket = tracked.note(self.admission.ticket())?;
-        Ok(Admitted {
-            ticket,
-            tracked,
-            request_id: self.ids.request_id(),
-            clock: Clock::new(&self.limits, timeout),
-        })
+        Ok(Admitted { ticket, tracked, text: Arc::new(Mutex::new(Some(text))), request_id, clock })
+    }
+
+    /// The longest sequence, prompt and answer, that is served: the model's context, or less where no ready
+    /// worker's cache holds as much. What /v1/models says, prompts are refused by and answers are cut to.
+    pub fn limit_tokens(&self) -> usize {
+        request::limit_tokens(&self.model, self.pool.capacity_tokens())
+    }
+
+    /// Work on a request's text, off the threads that serve; it is told to stop at the deadline and when
+    /// the caller has gone.
+    pub(crate) async fn compute<T: Send + 'static>(
+        &self,
+        clock: &Clock,
+        stage: &'static str,
+        bytes: usize,
+        work: impl FnOnce(&Stop) -> RequestResult<T> + Send + 'static,
+    ) -> RequestResult<T> {
+        let permits = clock.bound(stage, self.compute.turn(bytes)).await?;
+        let stop = Stop { deadline: clock.deadline, gone: Arc::default() };
+        let _gone = Gone(Arc::clone(&stop.gone));
+        let work = tokio::task::spawn_blocking(move || {
+            let _permits = permits;
+            work(&stop)
+        });
+        let result = clock.bound(stage, work).await?;
+        result.map_err(|error| RequestError::Internal { problem: format!("{stage}: {error}") })?
     }
 
     /// Stage 2: validate, render, tokenize.
@@ -124,21 +164,29 @@ impl Service {
         admitted: &Admitted,
         submission: Submission,
     ) -> RequestResult<Vec<PreparedSequence>> {
+        let text = admitted.text.lock().take();
         let context = Context {
             request_id: admitted.request_id.clone(),
             drawn_seed: self.ids.seed(),
-            capacity_tokens: Some(self.capacity(admitted).await?),
+            limit_tokens: request::limit_tokens(&self.model, Some(self.capacity(admitted).await?)),
             max_sequences: self.admission.max_sequences(),
         };
-        let stage = "tokenizing the prompt";
-        let permit = admitted.clock.bound(stage, Arc::clone(&self.tokenizing).acquire_owned()).await?;
+        request::refuse_by_length(&self.model, &submission, context.limit_tokens)?;
         let model = Arc::clone(&self.model);
-        let work = tokio::task::spawn_blocking(move || {
-            let _permit = permit;
-            request::prepare(&model, submission, &context)
-        });
-        let result = admitted.clock.bound(stage, work).await?;
-        result.map_err(|error| RequestError::Internal { problem: format!("{stage}: {error}") })?
+        let bytes = submission.text_bytes();
+        let clock = admitted.clock;
+        self.compute(&clock, TOKENIZING, bytes, move |stop| {
+            let _text = text;
+            let stopped = || clock.passed(TOKENIZING);
+            request::prepare(&model, submission, &context, &|| stop.requested()).map_err(
+                |error| match error {
+                    // Nobody hears it if the client has gone.
+                    RequestError::Cancelled => stopped(),
+                    error => error,
+                },
+            )
+        })
+        .await
     }
 
     /// What a worker's cache holds; before the first one is ready, this waits for it as a reservation would.
@@ -185,6 +233,82 @@ impl Service {
             }
         });
         futures::future::try_join_all(starts.collect::<Vec<_>>()).await
+    }
+}
+
+/// The stage of [`Service::prepare`], in errors.
+const TOKENIZING: &str = "tokenizing the prompt";
+
+/// Texts from here on are large: their work is measured in milliseconds per piece and seconds in all.
+const LARGE_BYTES: usize = 256 << 10;
+
+/// Turns for work on texts, and the bytes of text that wait for it.
+///
+/// No more texts are worked on at a time than there are cores, and one, so that a burst of them does not fill
+/// the blocking pool; large ones may have half of the turns (rounded up), so that small ones pass them.
+/// Waiters hold tickets and bytes, so they are bounded.
+#[derive(Clone, Debug)]
+struct Compute {
+    turns: Arc<Semaphore>,
+    large: Arc<Semaphore>,
+    /// In units of [`TEXT_UNIT`].
+    texts: Arc<Semaphore>,
+    text_budget_bytes: usize,
+}
+
+/// A turn, and one among the large where the text is.
+type Turns = (Option<OwnedSemaphorePermit>, Option<OwnedSemaphorePermit>);
+
+/// Granularity of the count of text, in bytes.
+const TEXT_UNIT: usize = 1024;
+
+impl Compute {
+    fn new(text_budget_bytes: usize) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            turns: Arc::new(Semaphore::new(cores + 1)),
+            large: Arc::new(Semaphore::new(cores.div_ceil(2))),
+            texts: Arc::new(Semaphore::new((text_budget_bytes / TEXT_UNIT).clamp(1, Semaphore::MAX_PERMITS))),
+            text_budget_bytes,
+        }
+    }
+
+    fn hold(&self, bytes: usize) -> RequestResult<OwnedSemaphorePermit> {
+        let units = u32::try_from(bytes.div_ceil(TEXT_UNIT)).unwrap_or(u32::MAX);
+        Arc::clone(&self.texts)
+            .try_acquire_many_owned(units)
+            .map_err(|_| RequestError::IntakeFull { budget_bytes: self.text_budget_bytes })
+    }
+
+    async fn turn(&self, bytes: usize) -> Turns {
+        // First the rarer, so that no turn is held while waiting. The semaphores are never closed.
+        let large = match bytes >= LARGE_BYTES {
+            true => Arc::clone(&self.large).acquire_owned().await.ok(),
+            false => None,
+        };
+        (Arc::clone(&self.turns).acquire_owned().await.ok(), large)
+    }
+}
+
+/// Asked by long work whether to go on.
+#[derive(Debug)]
+pub(crate) struct Stop {
+    deadline: Instant,
+    gone: Arc<AtomicBool>,
+}
+
+impl Stop {
+    pub(crate) fn requested(&self) -> bool {
+        self.gone.load(Ordering::Relaxed) || Instant::now() >= self.deadline
+    }
+}
+
+/// Says, when dropped, that nobody waits for the work any more.
+struct Gone(Arc<AtomicBool>);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -4,7 +4,7 @@
 //! one never makes Kubernetes restart another. `/readyz` is 200 only when every condition of
 //! [`Readiness`] holds, and otherwise lists what is missing.
 
-use std::{future::Future, io};
+use std::future::Future;
 
 use axum::{
     Json, Router,
@@ -13,9 +13,13 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
+use cadre_net::{IntakeOptions, ServerOptions};
 use tokio::net::TcpListener;
 
 use crate::{metrics::Metrics, readiness::Readiness};
+
+/// Bytes of incomplete requests: the routes take none with a body.
+const INTAKE_BYTES: usize = 1 << 20;
 
 #[derive(Clone)]
 struct AdminState {
@@ -40,9 +44,10 @@ pub fn serve(
     metrics: Metrics,
     readiness: Readiness,
     extra: Router,
-) -> impl Future<Output = io::Result<()>> + Send + 'static {
+) -> impl Future<Output = ()> + Send + 'static {
     let app = router(metrics, readiness, extra);
-    async move { axum::serve(listener, app).await }
+    let options = ServerOptions::http("admin", IntakeOptions::new(INTAKE_BYTES));
+    cadre_net::serve(listener, app, options, std::future::pending())
 }
 
 async fn metrics_text(State(state): State<AdminState>) -> Response {
@@ -103,5 +108,16 @@ mod tests {
         assert_eq!(status, 200);
         assert!(text.contains("process_"), "{text}");
         assert_eq!(fetch(address, "/nothing").await.0, 404);
+    }
+
+    /// The paused clock goes on when nobody has anything to do.
+    #[tokio::test(start_paused = true)]
+    async fn who_connects_and_says_nothing_is_closed() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(serve(listener, Metrics::new(), Readiness::new(&[]), Router::new()));
+        let mut silent = tokio::net::TcpStream::connect(address).await.unwrap();
+        let mut rest = Vec::new();
+        assert_eq!(silent.read_to_end(&mut rest).await.unwrap(), 0);
     }
 }

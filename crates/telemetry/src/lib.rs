@@ -12,7 +12,7 @@ pub mod logging;
 pub mod metrics;
 pub mod readiness;
 
-pub use logging::{LogFormat, init_logging};
+pub use logging::{LogFormat, init_logging, one_line};
 pub use metrics::{
     Counter, CounterFamily, Family, Gauge, GaugeFamily, Histogram, HistogramFamily, Label, MetricKind,
     MetricSpec, Metrics, MetricsError,

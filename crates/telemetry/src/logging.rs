@@ -3,8 +3,16 @@
 //! Both go to standard error (standard output belongs to a command's result) and both name the role,
 //! because `cadre up` and a cluster's collector interleave lines of many processes. The filter is an
 //! `env_filter` expression given by the caller; nothing here reads the environment.
+//!
+//! One event is one line, whatever is in it: names, addresses and errors come from peers, and a control
+//! character among them could begin a line of its own. Every such character is written as an escape here,
+//! where all lines pass, and not where they are made.
 
-use std::{collections::BTreeMap, fmt, str::FromStr};
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Write as _},
+    str::FromStr,
+};
 
 use serde_json::Value;
 use tracing::{
@@ -114,9 +122,51 @@ where
         mut writer: Writer<'_>,
         event: &Event<'_>,
     ) -> fmt::Result {
-        write!(writer, "[{}] ", self.role)?;
-        self.inner.format_event(ctx, writer, event)
+        let mut line = String::new();
+        self.inner.format_event(ctx, Writer::new(&mut line), event)?;
+        writeln!(writer, "[{}] {}", self.role, one_line(line.strip_suffix('\n').unwrap_or(&line)))
     }
+}
+
+/// A text without the characters that a terminal or a collector obeys: what is written to standard error or a
+/// file of lines, and holds words of peers.
+pub fn one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '\n' => line.push_str("\\n"),
+            '\r' => line.push_str("\\r"),
+            '\t' => line.push_str("\\t"),
+            obeyed if is_obeyed(obeyed) => {
+                // Writing to a string does not fail.
+                let _ = write!(line, "\\u{{{:x}}}", u32::from(obeyed));
+            }
+            shown => line.push(shown),
+        }
+    }
+    line
+}
+
+/// Control characters (C0, DEL, C1), Unicode's line and paragraph separators, and those that change the
+/// direction of what follows.
+fn is_obeyed(character: char) -> bool {
+    character.is_control()
+        || matches!(character, '\u{2028}' | '\u{2029}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// JSON with those characters escaped that its own rules leave as they are.
+fn one_json_line(json: &str) -> String {
+    let mut line = String::with_capacity(json.len());
+    for character in json.chars() {
+        // All of them are in the basic plane, so one escape holds each.
+        match is_obeyed(character) {
+            true => {
+                let _ = write!(line, "\\u{:04x}", u32::from(character));
+            }
+            false => line.push(character),
+        }
+    }
+    line
 }
 
 /// One JSON object per line.
@@ -153,7 +203,7 @@ where
             "fields": fields.0,
             "spans": spans,
         });
-        writeln!(writer, "{line}")
+        writeln!(writer, "{}", one_json_line(&line.to_string()))
     }
 }
 
@@ -271,6 +321,34 @@ mod tests {
         let line = text(&buffer);
         assert!(line.starts_with("[expert 3] "), "{line}");
         assert!(line.contains("loaded"), "{line}");
+    }
+
+    /// Ids, addresses, header values, model names and paths: wherever it stands, it stays in its line.
+    #[test]
+    fn an_event_is_one_line_whatever_peers_put_into_it() {
+        let hostile = "w-1\n[router] 2026 INFO forged\r\u{1b}[2J\u{7f}\u{9b}31m\u{85}\u{2028}\u{202e}x";
+        let tell = || {
+            let _span = tracing::info_span!("request", id = %hostile).entered();
+            tracing::info!(member = %hostile, path = hostile, address = ?hostile, "joined: {hostile}");
+        };
+        let (text_lines, json_lines) = (Buffer::default(), Buffer::default());
+        let builder = || tracing_subscriber::fmt().with_ansi(false);
+        let subscriber =
+            builder().with_writer(text_lines.clone()).event_format(TextLine::new("router".into())).finish();
+        tracing::subscriber::with_default(subscriber, tell);
+        let subscriber = builder()
+            .with_writer(json_lines.clone())
+            .event_format(JsonLine { role: "router".into() })
+            .finish();
+        tracing::subscriber::with_default(subscriber, tell);
+        for written in [text(&text_lines), text(&json_lines)] {
+            let line = written.strip_suffix('\n').unwrap();
+            let raw: Vec<char> = line.chars().filter(|&character| is_obeyed(character)).collect();
+            assert!(raw.is_empty(), "{raw:?} in {line:?}");
+            assert!(line.contains("joined: w-1\\n[router]"), "{line}");
+        }
+        let value: Value = serde_json::from_str(&text(&json_lines)).unwrap();
+        assert_eq!(value["fields"]["member"], hostile, "a collector gets what came");
     }
 
     #[test]

@@ -28,6 +28,7 @@ use cadre_scheduler::SchedulerConfig;
 use cadre_telemetry::{Metrics, Readiness, admin, axum};
 use cadre_types::{ClusterView, Generation, MemberState, PlacementEpoch, Role};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
+use tonic::service::Routes;
 
 use crate::{
     dispatch_metrics::DispatchMetrics,
@@ -88,7 +89,7 @@ struct Worker {
     service: WorkerService,
     report: Arc<Report>,
     membership: Membership,
-    server: JoinHandle<Result<(), tonic::transport::Error>>,
+    server: JoinHandle<()>,
     close_server: Option<oneshot::Sender<()>>,
     background: Vec<AbortOnDrop>,
     engine: Option<Engine>,
@@ -147,22 +148,14 @@ impl Worker {
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing).await;
         let (close_server, closed) = oneshot::channel::<()>();
-        let server = tokio::spawn(
-            tuning::server()
-                .add_service(health_service)
-                .add_service(service.clone().into_server())
-                .serve_with_incoming_shutdown(tuning::incoming(grpc), async move {
-                    // Resolves on the signal and when the worker is dropped.
-                    let _ = closed.await;
-                }),
-        );
+        let services = Routes::new(health_service).add_service(service.clone().into_server());
+        let server = tokio::spawn(tuning::serve("worker", grpc, services, async move {
+            // Resolves on the signal and when the worker is dropped.
+            let _ = closed.await;
+        }));
         let admin_server =
             admin::serve(admin_listener, metrics.clone(), readiness.clone(), axum::Router::new());
-        let background = vec![AbortOnDrop(tokio::spawn(async move {
-            if let Err(error) = admin_server.await {
-                tracing::error!(%error, "the admin server ended");
-            }
-        }))];
+        let background = vec![AbortOnDrop(tokio::spawn(admin_server))];
 
         let report = Arc::new(Report::default());
         let membership = join(&options, role, address.clone(), generation, &report, &worker_metrics)?;

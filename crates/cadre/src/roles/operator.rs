@@ -104,6 +104,7 @@ pub(crate) async fn operator(args: OperatorArgs) -> Result<()> {
     }
     let log = args.termination_log.clone();
     init_logging(args.log_format, "operator", &args.log)?;
+    super::raise_descriptors();
     let requested = stop::requested(false)?;
     let stop = async move {
         let cause = requested.await;

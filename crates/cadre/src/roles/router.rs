@@ -61,6 +61,18 @@ pub(crate) struct RouterArgs {
     /// Largest request in bytes.
     #[arg(long, value_name = "BYTES", default_value_t = Limits::default().max_body_bytes)]
     max_body_bytes: usize,
+    /// A request must be complete within so many seconds, on every front door.
+    #[arg(long, value_name = "SECONDS", default_value_t = Seconds(Limits::default().body_timeout))]
+    body_timeout: Seconds,
+    /// A connection must bring its first request within so many seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = Seconds(Limits::default().first_request_timeout))]
+    first_request_timeout: Seconds,
+    /// How long the HTTP API keeps a connection without a request, in seconds; longer than proxies in front of it keep theirs.
+    #[arg(long, value_name = "SECONDS", default_value_t = Seconds(Limits::default().idle_timeout))]
+    idle_timeout: Seconds,
+    /// Origin whose pages may use the HTTP API from a browser (CORS), or *; may be repeated. [default: none]
+    #[arg(long = "cors-origin", value_name = "ORIGIN", value_parser = origin)]
+    cors_origins: Vec<String>,
     /// Deadline of a request that brings none, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = Seconds(Limits::default().default_timeout))]
     default_timeout: Seconds,
@@ -79,6 +91,21 @@ pub(crate) struct RouterArgs {
     /// A member that has not reported for so many seconds is removed.
     #[arg(long, value_name = "SECONDS", default_value = "3")]
     lease: Seconds,
+}
+
+/// `*`, or scheme and authority as browsers write them.
+fn origin(text: &str) -> Result<String, String> {
+    let is_origin = text.split_once("://").is_some_and(|(scheme, authority)| {
+        matches!(scheme, "http" | "https")
+            && !authority.is_empty()
+            && authority.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/')
+    });
+    match text == "*" || is_origin {
+        true => Ok(text.to_owned()),
+        false => {
+            Err(format!("{text:?} is no origin: expected * or scheme://host, as in https://chat.example.org"))
+        }
+    }
 }
 
 impl RouterArgs {
@@ -106,6 +133,10 @@ impl RouterArgs {
                 max_concurrent: self.max_concurrent,
                 max_waiting: self.max_waiting,
                 max_body_bytes: self.max_body_bytes,
+                body_timeout: self.body_timeout.0,
+                first_request_timeout: self.first_request_timeout.0,
+                idle_timeout: self.idle_timeout.0,
+                cors_origins: self.cors_origins,
                 default_timeout: self.default_timeout.0,
                 max_timeout: self.max_timeout.0,
                 reserve_timeout: self.reserve_timeout.0,
@@ -125,4 +156,19 @@ pub(crate) async fn router(args: RouterArgs) -> Result<()> {
     let log = args.role.termination_log.clone();
     let stop = args.role.begin("router")?;
     ended(cadre_router::run(args.options(), stop).await, "router", log.as_deref())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::origin;
+
+    #[test]
+    fn an_origin_is_a_scheme_and_a_host() {
+        for text in ["*", "https://chat.example.org", "http://localhost:3000"] {
+            assert_eq!(origin(text).as_deref(), Ok(text));
+        }
+        for text in ["", "chat.example.org", "https://a/b", "https://", "ftp://a", "https://a b"] {
+            assert!(origin(text).is_err(), "{text}");
+        }
+    }
 }

@@ -2,15 +2,16 @@
 
 use std::sync::Arc;
 
-use axum::{body::Body, extract::State, http::HeaderMap, response::Response};
-use cadre_text::ChatMessage;
-use serde_json::{Value, json};
+use axum::{Extension, body::Body, extract::State, http::HeaderMap, response::Response};
+use cadre_text::{ChatMessage, Content, ContentPart};
+use serde_json::{Map, Value, json};
 
 use super::{
-    error_response,
-    fields::{Delivery, Fields, excerpt, is_empty},
-    logprobs, named, receive,
+    RequestId, error_response,
+    fields::{Delivery, Fields, excerpt},
+    logprobs, receive,
     respond::{Shape, reason, respond},
+    unsupported::Endpoint,
 };
 use crate::{
     error::{RequestError, RequestResult},
@@ -21,15 +22,15 @@ use crate::{
     service::Service,
 };
 
-pub(super) async fn handle(State(service): State<Service>, headers: HeaderMap, body: Body) -> Response {
-    let (admitted, mut fields) = match receive(&service, Api::HttpChat, &headers, body).await {
-        Ok(received) => received,
-        Err(error) => return error_response(&error),
-    };
-    let read = admitted.tracked.note(read(&mut fields));
-    match read {
-        Err(error) => named(&admitted.request_id, error_response(&error)),
-        Ok((submission, delivery)) => {
+pub(super) async fn handle(
+    State(service): State<Service>,
+    Extension(id): Extension<RequestId>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    match receive(&service, Api::HttpChat, id, &headers, body, read).await {
+        Err(error) => error_response(&error),
+        Ok((admitted, submission, delivery)) => {
             let with_logprobs = submission.sampling.logprobs.is_some();
             let shape = Chat { model: Arc::clone(&service.model), with_logprobs };
             respond(&service, admitted, submission, delivery, shape).await
@@ -38,9 +39,8 @@ pub(super) async fn handle(State(service): State<Service>, headers: HeaderMap, b
 }
 
 fn read(fields: &mut Fields) -> RequestResult<(Submission, Delivery)> {
-    refuse_unsupported(fields)?;
     let delivery = fields.delivery()?;
-    let mut submission = fields.submission()?;
+    let mut submission = fields.submission(Endpoint::Chat)?;
     let variables = fields.object("chat_template_kwargs")?.unwrap_or_default();
     submission.inputs = vec![Input::Chat { messages: messages(fields.value("messages"))?, variables }];
     // The newer name wins; OpenAI keeps both.
@@ -51,28 +51,8 @@ fn read(fields: &mut Fields) -> RequestResult<(Submission, Delivery)> {
         submission.max_tokens_field = "max_completion_tokens";
     }
     submission.sampling.logprobs = top_logprobs(fields)?;
+    submission.logprobs_field = "top_logprobs";
     Ok((submission, delivery))
-}
-
-fn refuse_unsupported(fields: &mut Fields) -> RequestResult<()> {
-    let word = |allowed: &'static [&'static str]| {
-        move |value: &Value| value.as_str().is_some_and(|word| allowed.contains(&word))
-    };
-    fields.unsupported("tools", is_empty)?;
-    fields.unsupported("tool_choice", word(&["none", "auto"]))?;
-    fields.unsupported("functions", is_empty)?;
-    fields.unsupported("function_call", word(&["none", "auto"]))?;
-    fields.unsupported("audio", is_empty)?;
-    fields.unsupported("prediction", is_empty)?;
-    fields.unsupported("web_search_options", is_empty)?;
-    fields.unsupported("modalities", |value| *value == json!(["text"]))?;
-    match fields.value("response_format") {
-        Some(format) if format["type"] != "text" => {
-            let problem = format!("only {{\"type\": \"text\"}} is supported, found {}", excerpt(&format));
-            Err(RequestError::invalid("response_format", problem))
-        }
-        _ => Ok(()),
-    }
 }
 
 fn messages(value: Option<Value>) -> RequestResult<Vec<ChatMessage>> {
@@ -83,19 +63,56 @@ fn messages(value: Option<Value>) -> RequestResult<Vec<ChatMessage>> {
     items.into_iter().enumerate().map(|(index, item)| message(index, item)).collect()
 }
 
+/// A message as it came; what no template is asked is refused with the rest of the request.
 fn message(index: usize, item: Value) -> RequestResult<ChatMessage> {
-    for field in ["tool_calls", "tool_call_id", "function_call", "audio"] {
-        if item.get(field).is_some_and(|value| !is_empty(value)) {
-            let problem = "tools are not supported by this server";
-            return Err(RequestError::invalid(format!("messages[{index}].{field}"), problem));
+    let Value::Object(mut item) = item else {
+        let problem = format!("expected an object with role and content, found {}", excerpt(&item));
+        return Err(RequestError::invalid(format!("messages[{index}]"), problem));
+    };
+    let role = match take(&mut item, "role") {
+        Some(Value::String(role)) => role,
+        None => return Err(RequestError::invalid(format!("messages[{index}].role"), "it is required")),
+        Some(other) => {
+            let problem = format!("expected a string, found {}", excerpt(&other));
+            return Err(RequestError::invalid(format!("messages[{index}].role"), problem));
         }
+    };
+    let content = match take(&mut item, "content") {
+        None => None,
+        Some(Value::String(text)) => Some(Content::Text(text)),
+        Some(Value::Array(parts)) => {
+            let parts = parts.into_iter().enumerate().map(|(part, value)| content_part(index, part, value));
+            Some(Content::Parts(parts.collect::<RequestResult<_>>()?))
+        }
+        Some(other) => {
+            let problem = format!("expected a string or a list of text parts, found {}", excerpt(&other));
+            return Err(RequestError::invalid(format!("messages[{index}].content"), problem));
+        }
+    };
+    Ok(ChatMessage { role, content, extra: item })
+}
+
+fn content_part(index: usize, part: usize, value: Value) -> RequestResult<ContentPart> {
+    let invalid = |field: &str, problem: String| {
+        Err(RequestError::invalid(format!("messages[{index}].content[{part}]{field}"), problem))
+    };
+    let Value::Object(mut fields) = value else {
+        return invalid("", format!("expected an object with type and text, found {}", excerpt(&value)));
+    };
+    match take(&mut fields, "type") {
+        Some(Value::String(kind)) if kind == "text" => match take(&mut fields, "text") {
+            Some(Value::String(text)) => Ok(ContentPart { kind, text: Some(text) }),
+            None => invalid(".text", "it is required".into()),
+            Some(other) => invalid(".text", format!("expected a string, found {}", excerpt(&other))),
+        },
+        None => invalid(".type", "it is required: \"text\"".into()),
+        Some(other) => invalid(".type", format!("only \"text\" is supported, found {}", excerpt(&other))),
     }
-    if item.get("role") == Some(&Value::from("tool")) {
-        let problem = "tools are not supported by this server";
-        return Err(RequestError::invalid(format!("messages[{index}].role"), problem));
-    }
-    serde_json::from_value(item)
-        .map_err(|error| RequestError::invalid(format!("messages[{index}]"), error.to_string()))
+}
+
+/// A field that is there and not null.
+fn take(fields: &mut Map<String, Value>, name: &str) -> Option<Value> {
+    fields.shift_remove(name).filter(|value| !value.is_null())
 }
 
 /// `logprobs: true` with `top_logprobs` alternatives; the range is checked with the other parameters.
@@ -201,14 +218,30 @@ mod tests {
     fn messages_are_named_by_their_index() {
         let read = |messages: Value| super::messages(Some(messages)).map_err(field_of);
         assert_eq!(read(json!("hi")).unwrap_err(), "messages");
+        for (second, field) in [
+            (json!("hi"), "messages[1]"),
+            (json!({"content": "b"}), "messages[1].role"),
+            (json!({"role": 7, "content": "b"}), "messages[1].role"),
+            (json!({"role": "user", "content": 7}), "messages[1].content"),
+            (json!({"role": "user", "content": {"text": "a"}}), "messages[1].content"),
+            (json!({"role": "user", "content": ["a"]}), "messages[1].content[0]"),
+            (json!({"role": "user", "content": [{"text": "a"}]}), "messages[1].content[0].type"),
+            (json!({"role": "user", "content": [{"type": "text"}]}), "messages[1].content[0].text"),
+            (
+                json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}),
+                "messages[1].content[1].type",
+            ),
+        ] {
+            let found = read(json!([{"role": "user", "content": "a"}, second])).unwrap_err();
+            assert_eq!(found, field);
+        }
+        let error = super::messages(Some(json!([{"role": "user", "content": 7}]))).unwrap_err();
         assert_eq!(
-            read(json!([{"role": "user", "content": "a"}, {"content": "b"}])).unwrap_err(),
-            "messages[1]"
+            error.to_string(),
+            "messages[0].content: expected a string or a list of text parts, found 7"
         );
-        let call = json!([{"role": "assistant", "content": null, "tool_calls": [{"id": "x"}]}]);
-        assert_eq!(read(call).unwrap_err(), "messages[0].tool_calls");
-        assert_eq!(read(json!([{"role": "tool", "content": "4"}])).unwrap_err(), "messages[0].role");
-        assert_eq!(read(json!([{"role": "user", "content": "a", "tool_calls": []}])).unwrap().len(), 1);
+        let kept = read(json!([{"role": "user", "content": "a", "name": "n"}])).unwrap();
+        assert_eq!(kept[0].extra["name"], "n");
     }
 
     #[test]

@@ -2,14 +2,15 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use axum::{body::Body, extract::State, http::HeaderMap, response::Response};
+use axum::{Extension, body::Body, extract::State, http::HeaderMap, response::Response};
 use serde_json::{Value, json};
 
 use super::{
-    error_response,
-    fields::{Delivery, Fields, as_ids, excerpt, is_empty},
-    logprobs, named, receive,
+    RequestId, error_response,
+    fields::{Delivery, Fields, as_ids, excerpt},
+    logprobs, receive,
     respond::{Shape, reason, respond},
+    unsupported::Endpoint,
 };
 use crate::{
     error::{RequestError, RequestResult},
@@ -23,15 +24,15 @@ use crate::{
 /// OpenAI's default for this endpoint.
 const DEFAULT_MAX_TOKENS: u32 = 16;
 
-pub(super) async fn handle(State(service): State<Service>, headers: HeaderMap, body: Body) -> Response {
-    let (admitted, mut fields) = match receive(&service, Api::HttpCompletions, &headers, body).await {
-        Ok(received) => received,
-        Err(error) => return error_response(&error),
-    };
-    let read = admitted.tracked.note(read(&mut fields));
-    match read {
-        Err(error) => named(&admitted.request_id, error_response(&error)),
-        Ok((submission, delivery)) => {
+pub(super) async fn handle(
+    State(service): State<Service>,
+    Extension(id): Extension<RequestId>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    match receive(&service, Api::HttpCompletions, id, &headers, body, read).await {
+        Err(error) => error_response(&error),
+        Ok((admitted, submission, delivery)) => {
             let shape = Completions {
                 model: Arc::clone(&service.model),
                 logprobs: submission.sampling.logprobs,
@@ -44,14 +45,10 @@ pub(super) async fn handle(State(service): State<Service>, headers: HeaderMap, b
 
 fn read(fields: &mut Fields) -> RequestResult<(Submission, Delivery)> {
     let delivery = fields.delivery()?;
-    let mut submission = fields.submission()?;
+    let mut submission = fields.submission(Endpoint::Completions)?;
     submission.inputs = prompts(fields.value("prompt"))?;
     submission.max_tokens = Some(fields.u32("max_tokens")?.unwrap_or(DEFAULT_MAX_TOKENS));
     submission.sampling.logprobs = fields.u32("logprobs")?;
-    fields.unsupported("suffix", is_empty)?;
-    fields.unsupported("echo", is_empty)?;
-    let n = u64::from(submission.n);
-    fields.unsupported("best_of", |value| value.as_u64() == Some(n))?;
     Ok((submission, delivery))
 }
 

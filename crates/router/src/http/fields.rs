@@ -4,6 +4,7 @@
 use cadre_proto::v1;
 use serde_json::{Map, Value};
 
+use super::unsupported::{self, Endpoint};
 use crate::{
     error::{RequestError, RequestResult},
     request::Submission,
@@ -55,7 +56,12 @@ impl Fields {
     }
 
     pub(super) fn f32(&mut self, name: &'static str) -> RequestResult<Option<f32>> {
-        self.typed(name, "a number", |value| value.as_f64().map(|number| number as f32))
+        // A number that a 32-bit float turns into 0 or infinity would be another than the client's.
+        let read = |value: &Value| {
+            let number = value.as_f64()?;
+            Some(number as f32).filter(|read| read.is_finite() && (*read != 0.0 || number == 0.0))
+        };
+        self.typed(name, "a number that a 32-bit float holds", read)
     }
 
     pub(super) fn u32(&mut self, name: &'static str) -> RequestResult<Option<u32>> {
@@ -74,8 +80,11 @@ impl Fields {
         self.typed(name, "an object", |value| value.as_object().cloned())
     }
 
-    /// Any 64-bit integer; a negative one is taken by its bits.
+    /// Any 64-bit integer; -1 is a drawn one, as in other servers, any other negative one is taken by its bits.
     fn seed(&mut self) -> RequestResult<Option<u64>> {
+        if self.0.get("seed").and_then(Value::as_i64) == Some(-1) {
+            self.0.remove("seed");
+        }
         self.typed("seed", "a 64-bit integer", |value| {
             value.as_u64().or_else(|| value.as_i64().map(i64::cast_unsigned))
         })
@@ -94,29 +103,15 @@ impl Fields {
         Ok(self.typed(name, "a list of token ids", as_ids)?.unwrap_or_default())
     }
 
-    /// Refuses a field that this API knows and does not support, unless its value asks for nothing.
-    pub(super) fn unsupported(
-        &mut self,
-        name: &'static str,
-        neutral: impl FnOnce(&Value) -> bool,
-    ) -> RequestResult<()> {
-        match self.value(name) {
-            Some(value) if !neutral(&value) => {
-                let problem = format!("{} is not supported by this server; leave it out", excerpt(&value));
-                Err(RequestError::invalid(name, problem))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// What both endpoints share, without prompt, length and logprobs.
-    pub(super) fn submission(&mut self) -> RequestResult<Submission> {
+    /// What both endpoints share, without prompt, length and logprobs. Refuses what is not supported first.
+    pub(super) fn submission(&mut self, endpoint: Endpoint) -> RequestResult<Submission> {
         let model = self.string("model")?;
         let model = model.ok_or_else(|| RequestError::invalid("model", "it is required"))?;
-        self.unsupported("logit_bias", is_empty)?;
+        let n = self.u32("n")?.unwrap_or(1);
+        unsupported::refuse(self, endpoint, n)?;
         Ok(Submission {
             model: Some(model),
-            n: self.u32("n")?.unwrap_or(1),
+            n,
             sampling: v1::SamplingOptions {
                 temperature: self.f32("temperature")?,
                 top_p: self.f32("top_p")?,
@@ -170,17 +165,6 @@ pub(super) fn as_ids(value: &Value) -> Option<Vec<u32>> {
     value.as_array()?.iter().map(as_u32).collect()
 }
 
-/// Whether a value asks for nothing: false, "", [], {}.
-pub(super) fn is_empty(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::String(text) => text.is_empty(),
-        Value::Array(items) => items.is_empty(),
-        Value::Object(fields) => fields.is_empty(),
-        _ => false,
-    }
-}
-
 /// A value as it is shown in an error.
 pub(super) fn excerpt(value: &Value) -> String {
     let text = value.to_string();
@@ -227,11 +211,13 @@ mod tests {
             (r#"{"model": "m", "n": -1}"#, "n"),
             (r#"{"model": "m", "stop": [1]}"#, "stop"),
             (r#"{"model": "m", "seed": 1e30}"#, "seed"),
+            (r#"{"model": "m", "temperature": 1e-60}"#, "temperature"),
+            (r#"{"model": "m", "repetition_penalty": 1e60}"#, "repetition_penalty"),
             (r#"{"model": "m", "logit_bias": {"5": 1}}"#, "logit_bias"),
             (r#"{"model": "m", "stop_token_ids": [4294967296]}"#, "stop_token_ids"),
             (r#"{}"#, "model"),
         ] {
-            let (found, problem) = refused(fields(json).submission().unwrap_err());
+            let (found, problem) = refused(fields(json).submission(Endpoint::Chat).unwrap_err());
             assert_eq!(found, field, "{json}: {problem}");
         }
     }
@@ -240,11 +226,13 @@ mod tests {
     fn null_is_absent_and_off_values_of_other_servers_are_off() {
         let json =
             r#"{"model": "m", "temperature": null, "top_k": -1, "logit_bias": {}, "stop": "x", "seed": -2}"#;
-        let submission = fields(json).submission().unwrap();
+        let submission = fields(json).submission(Endpoint::Chat).unwrap();
         assert_eq!(submission.sampling.temperature, None);
         assert_eq!(submission.sampling.top_k, None);
         assert_eq!(submission.sampling.seed, Some(u64::MAX - 1));
         assert_eq!(submission.stop, ["x"]);
+        let drawn = fields(r#"{"model": "m", "seed": -1}"#).submission(Endpoint::Completions).unwrap();
+        assert_eq!(drawn.sampling.seed, None, "as vLLM and SGLang have it");
     }
 
     #[test]

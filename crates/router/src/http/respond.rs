@@ -18,7 +18,7 @@ use cadre_types::FinishReason;
 use futures::StreamExt;
 use serde_json::{Value, json};
 
-use super::{error_response, fields::Delivery, named};
+use super::{error_response, fields::Delivery};
 use crate::{
     error::{RequestError, RequestResult},
     generate::{Chunk, Completion, Finish, Generation},
@@ -51,16 +51,14 @@ pub(super) async fn respond<S: Shape>(
     delivery: Delivery,
     shape: S,
 ) -> Response {
-    let request_id = admitted.request_id.clone();
-    let response = match start(service, admitted, submission, shape).await {
+    match start(service, admitted, submission, shape).await {
         Err(error) => error_response(&error),
         Ok(answer) if delivery.stream => answer.events(delivery, service),
         Ok(answer) => match answer.whole().await {
             Ok(body) => Json(body).into_response(),
             Err(error) => error_response(&error),
         },
-    };
-    named(&request_id, response)
+    }
 }
 
 async fn start<S: Shape>(

@@ -12,7 +12,16 @@ static MODEL: LazyLock<ServedModel> = LazyLock::new(|| {
 });
 
 fn context(capacity_tokens: Option<u64>) -> Context {
-    Context { request_id: "r".into(), drawn_seed: 5, capacity_tokens, max_sequences: 8 }
+    let limit_tokens = limit_tokens(&MODEL, capacity_tokens);
+    Context { request_id: "r".into(), drawn_seed: 5, limit_tokens, max_sequences: 8 }
+}
+
+fn prepare(
+    model: &ServedModel,
+    submission: Submission,
+    context: &Context,
+) -> RequestResult<Vec<PreparedSequence>> {
+    super::prepare(model, submission, context, &|| false)
 }
 
 fn submission(prompt_tokens: usize) -> Submission {
@@ -29,17 +38,81 @@ fn the_folder_names_the_model() {
 }
 
 #[test]
-fn the_answer_is_cut_to_the_context_and_an_open_end_to_the_cache() {
+fn the_answer_is_cut_to_the_longest_sequence_served_however_it_was_asked_for() {
     assert_eq!(length(submission(96), None), Ok(4000));
-    assert_eq!(length(Submission { max_tokens: Some(9), ..submission(96) }, Some(64)), Ok(9));
-    assert_eq!(length(Submission { max_tokens: Some(9000), ..submission(96) }, Some(64)), Ok(4000));
     // Three pages and a bit: whole pages count.
-    assert_eq!(length(submission(96), Some(3 * 64 + 5)), Ok(96));
-    // Nothing fits: the worker will say so, with its numbers.
-    assert_eq!(length(submission(96), Some(64)), Ok(1));
+    let caches = [(None, 4000), (Some(1 << 20), 4000), (Some(3 * 64 + 5), 96)];
+    for (capacity_tokens, room) in caches {
+        assert_eq!(length(submission(96), capacity_tokens), Ok(room));
+        for (asked, given) in [(9, 9), (9000, room)] {
+            let asking = Submission { max_tokens: Some(asked), ..submission(96) };
+            assert_eq!(length(asking, capacity_tokens), Ok(given));
+        }
+    }
     assert_eq!(length(submission(4095), None), Ok(1));
-    let long = length(submission(4096), None).unwrap_err();
-    assert_eq!(long, RequestError::PromptTooLong { prompt_tokens: 4096, context_tokens: 4096 });
+    for (prompt_tokens, capacity_tokens, limit_tokens) in [(4096, None, 4096), (96, Some(64), 64)] {
+        let long = length(submission(prompt_tokens), capacity_tokens).unwrap_err();
+        let said = RequestError::PromptTooLong {
+            prompt_tokens,
+            at_least: false,
+            limit_tokens,
+            context_tokens: 4096,
+        };
+        assert_eq!(long, said);
+    }
+}
+
+#[test]
+fn a_prompt_that_no_sequence_holds_is_refused_by_its_length_and_never_tokenized() {
+    let megabytes = "a ".repeat(4 << 20);
+    let text = Submission { inputs: vec![Input::Text(megabytes)], ..Submission::default() };
+    let RequestError::PromptTooLong { prompt_tokens, at_least, .. } =
+        refuse_by_length(&MODEL, &text, 4096).unwrap_err()
+    else {
+        panic!("another error")
+    };
+    assert!(at_least && prompt_tokens > 200_000, "{prompt_tokens}");
+    // A conversation may lose text in its template, so it is rendered first.
+    let message = ChatMessage::text("user", "a ".repeat(1 << 20));
+    let chat = Input::Chat { messages: vec![message], variables: Map::new() };
+    let chat = Submission { inputs: vec![chat], ..Submission::default() };
+    assert_eq!(refuse_by_length(&MODEL, &chat, 4096), Ok(()));
+    let asked = std::cell::Cell::new(0);
+    let stop = || {
+        asked.set(asked.get() + 1);
+        false
+    };
+    let error = super::prepare(&MODEL, chat, &context(None), &stop).unwrap_err();
+    assert!(matches!(error, RequestError::PromptTooLong { at_least: true, .. }), "{error}");
+    assert_eq!(asked.get(), 0, "nothing was tokenized");
+    let stopped = Submission { inputs: vec![Input::Text("hello".into())], ..Submission::default() };
+    assert_eq!(
+        super::prepare(&MODEL, stopped, &context(None), &|| true).unwrap_err(),
+        RequestError::Cancelled
+    );
+}
+
+#[test]
+fn messages_are_checked_for_every_front_door() {
+    let refused = |message: ChatMessage| {
+        let first = ChatMessage::text("user", "a");
+        let chat = Input::Chat { messages: vec![first, message], variables: Map::new() };
+        let submission = Submission { inputs: vec![chat], ..Submission::default() };
+        match prepare(&MODEL, submission, &context(None)).unwrap_err() {
+            RequestError::Invalid { field, .. } => field.into_owned(),
+            other => panic!("{other}"),
+        }
+    };
+    assert_eq!(refused(ChatMessage::text("tool", "4")), "messages[1].role");
+    assert_eq!(refused(ChatMessage::text("function", "4")), "messages[1].role");
+    assert_eq!(refused(ChatMessage::text("wizard", "4")), "messages[1].role");
+    let mut call = ChatMessage { content: None, ..ChatMessage::text("assistant", "") };
+    call.extra.insert("tool_calls".into(), serde_json::json!([{"id": "x"}]));
+    assert_eq!(refused(call), "messages[1].tool_calls");
+    assert_eq!(
+        refused(ChatMessage { content: None, ..ChatMessage::text("user", "") }),
+        "messages[1].content"
+    );
 }
 
 #[test]

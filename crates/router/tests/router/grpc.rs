@@ -186,7 +186,23 @@ async fn bad_values_are_invalid_arguments_that_name_the_field() {
                 })),
                 ..Default::default()
             },
-            &["messages", "wizard"],
+            &["messages[0].role", "wizard"],
+        ),
+        (
+            v1::GenerateRequest {
+                input: Some(Input::Chat(v1::Chat {
+                    messages: vec![
+                        v1::ChatMessage { role: "user".into(), content: "2+2".into() },
+                        v1::ChatMessage { role: "tool".into(), content: "4".into() },
+                    ],
+                })),
+                ..Default::default()
+            },
+            &["messages[1].role", "tool"],
+        ),
+        (
+            sampling(v1::SamplingOptions { repetition_penalty: Some(1e-44), ..options() }),
+            &["repetition_penalty", "between 0.01 and 100"],
         ),
     ];
     for (request, words) in cases {
@@ -228,6 +244,44 @@ async fn models_reflection_and_health_are_served() {
     };
     let names: Vec<&str> = list.service.iter().map(|service| service.name.as_str()).collect();
     assert!(names.contains(&"cadre.v1.Inference") && names.contains(&"grpc.health.v1.Health"), "{names:?}");
+
+    use tonic_reflection::pb::v1alpha as alpha;
+    let request = alpha::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(alpha::server_reflection_request::MessageRequest::FileContainingSymbol(
+            "cadre.v1.Inference".into(),
+        )),
+    };
+    let mut reflection =
+        alpha::server_reflection_client::ServerReflectionClient::new(cluster.channel().await);
+    let answers = reflection.server_reflection_info(tokio_stream::iter([request])).await.unwrap();
+    let answer = answers.into_inner().message().await.unwrap().unwrap();
+    assert!(
+        matches!(
+            answer.message_response,
+            Some(alpha::server_reflection_response::MessageResponse::FileDescriptorResponse(_))
+        ),
+        "{answer:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_message_beyond_the_limit_is_resource_exhausted_and_a_compressed_one_unimplemented() {
+    let worker = FakeWorker::start(answering()).await;
+    let mut options = options();
+    options.limits.max_body_bytes = 1000;
+    let cluster = Cluster::with_worker(options, &worker).await;
+    let mut client = cluster.grpc().await;
+    let status = client.generate(text_request(&"x".repeat(2000))).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+    assert!(status.message().contains("1000"), "{status}");
+    assert!(status.metadata().contains_key("x-request-id"), "{status:?}");
+    let mut compressed = tonic::Request::new(text_request("a"));
+    compressed.metadata_mut().insert("grpc-encoding", "gzip".parse().unwrap());
+    let status = client.generate(compressed).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unimplemented, "{status}");
+    assert!(status.message().contains("gzip"), "{status}");
+    client.generate(text_request("a")).await.unwrap();
 }
 
 #[tokio::test]

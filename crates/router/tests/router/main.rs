@@ -15,3 +15,4 @@ mod grpc;
 mod http_api;
 mod http_client;
 mod http_errors;
+mod intake;
