@@ -7,11 +7,11 @@
 //
 // Weights are operand A, in tiles of 128 rows x 128 bytes that pack.cu laid out as wgmma reads them (one 1-D bulk copy a stage). Rows of x
 // are operand B and stay row-major in memory: the producer's threads copy 16 bytes each into the swizzled stage, through an index list
-// where one is given, with zeros for rows and columns beyond the edge. Groups (experts, heads, or one) come with their counts on the
-// device; the grid is persistent and its size is free.
+// where one is given, with zeros for columns beyond the edge. Groups (experts, heads, or one) come with their counts on the device; the grid
+// is persistent and its size is free.
 //
-// Block: two consumer warpgroups of 64 weight rows each (one in the entry points of half tiles), then one producer warpgroup. Rows within 16 of a tile are permuted at packing so
-// that a thread holds two adjacent output columns (or, for gate + up, gate and up of one column).
+// Block: two consumer warpgroups of 64 weight rows each (one in the entry points of half tiles), then one producer warpgroup. Rows within
+// 16 of a tile are permuted at packing so that a thread holds two adjacent output columns (or, for gate + up, gate and up of one column).
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -200,6 +200,7 @@ template <int N, int W> struct Shape {
   static const int WEIGHTS = W * HALF_TILE;
   static const int STAGE = WEIGHTS + N * 128;
   static const int STAGES = W == 1 ? (N >= 64 ? 12 : N >= 32 ? 16 : 18) : (N >= 128 ? 6 : N >= 64 ? 8 : 10);
+  static const int TEAM = N <= 16 ? 1 : N <= 32 ? 2 : 4;  // producer warps a stage
   static const int SCALES = N + 4;      // floats a stage: rows, then two of the weights
   static const int AT_SCALES = STAGES * STAGE;
   static const int AT_BARRIERS = AT_SCALES + STAGES * SCALES * 4;
@@ -234,14 +235,21 @@ static __device__ __forceinline__ Task task_at(const GemmArgs& a, const int* bef
   return task;
 }
 
+// Producer warps fill stages in teams: for few rows each warp alone fills every fourth stage (few arrivals a stage, and four are filled at a
+// time), for many rows all four share each. A row beyond the count is not copied: what lies in its place reaches only outputs that nobody
+// stores. Columns beyond k are zeros, because they meet every output.
 template <int N, bool F8, int W> static __device__ __forceinline__ void produce(const GemmArgs& a, u32 base, const int* before, int tasks, int weight_tiles, int blocks) {
   typedef Shape<N, W> S;
-  int thread = threadIdx.x - W * 128, chunk = thread & 7, row0 = thread >> 3;
+  constexpr int TEAM = S::TEAM, TEAMS = 4 / TEAM, LANES = TEAM * 32, COPIES = (N + TEAM * 4 - 1) / (TEAM * 4);
+  static_assert(N <= LANES, "a lane a scale");
+  int thread = threadIdx.x - W * 128, team = thread / LANES, lane = thread % LANES, chunk = lane & 7, row0 = lane >> 3;
   u32 full = base + S::AT_BARRIERS, empty = full + S::STAGES * 8;
-  constexpr int COPIES = N < 16 ? 1 : N / 16;
   int bytes_k = F8 ? a.k : a.k * 2;
-  int stage = 0, phase = 1;
+  int stage = team, phase = 1, done = 0;  // done: blocks of the tasks before, modulo TEAMS
   for (int t = blockIdx.x; t < tasks; t += gridDim.x) {
+    int first = (team - done) & (TEAMS - 1);
+    done = (done + blocks) & (TEAMS - 1);
+    if (first >= blocks) continue;
     Task task = task_at(a, before, weight_tiles, t);
     const u8 *x = a.x + task.group * a.x_group, *w = a.w + task.group * a.w_group;
     const float* scales = a.ws;
@@ -251,17 +259,14 @@ template <int N, bool F8, int W> static __device__ __forceinline__ void produce(
     }
     // tiles of 128 rows follow each other block by block; with W = 1 a task takes the upper or the lower half of one
     w += W == 2 ? (i64)task.weight_tile * blocks * TILE : (i64)(task.weight_tile >> 1) * blocks * TILE + (task.weight_tile & 1) * HALF_TILE;
-    if (F8) { // each of the two weight scales that a tile needs has a thread
-      int scale_rows = (a.n + 127) >> 7;
-      int tile = W == 2 ? task.weight_tile : task.weight_tile >> 1;
-      int row = a.y_mode == Y_SWIGLU ? (tile >> 1) + (thread & 1) * scale_rows : tile;
-      scales += (i64)row * blocks;
+    if (F8) { // lanes 0 and 1: the two weight scales that a tile needs
+      int scale_rows = (a.n + 127) >> 7, tile = W == 2 ? task.weight_tile : task.weight_tile >> 1;
+      scales += (i64)(a.y_mode == Y_SWIGLU ? (tile >> 1) + (lane & 1) * scale_rows : tile) * blocks;
     }
-    const u8* from[COPIES];  // this thread's chunk of each of its rows, null beyond the count
-    int scale_row = -1;
+    const u8* from[COPIES];  // this lane's chunk of each of its rows, null beyond the count
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
-      int row = row0 + i * 16, at = task.row_tile * N + row;
+      int row = row0 + i * TEAM * 4, at = task.row_tile * N + row;
       from[i] = nullptr;
       if (row < N && at < task.count) {
         if (a.x_mode == X_PAGES) { // pages are swizzled already
@@ -272,33 +277,35 @@ template <int N, bool F8, int W> static __device__ __forceinline__ void produce(
         }
       }
     }
-    i64 step = a.x_mode == X_PAGES ? 8192 : 128;
-    if (F8 && thread < N) {
-      int at = task.row_tile * N + thread;
-      if (at < task.count) scale_row = a.gather ? a.gather[task.first + at] : task.first + at;
+    const float* row_scales = nullptr;
+    if (F8 && lane < N && task.row_tile * N + lane < task.count) {
+      int pair = task.first + task.row_tile * N + lane;
+      row_scales = a.xs + (i64)(a.gather ? a.gather[pair] : pair) * a.xs_row;
     }
-    for (int block = 0; block < blocks; block++) {
+    i64 step = a.x_mode == X_PAGES ? 8192 : 128, along = first * step;
+    for (int block = first; block < blocks; block += TEAMS, along += TEAMS * step) {
       barrier_wait(empty + stage * 8, phase, a.error);
       u32 at = base + stage * S::STAGE;
-      if (thread == 0) {
+      if (lane == 0) {
         barrier_expect(full + stage * 8, S::WEIGHTS);
         bulk_copy(at, w + (i64)block * TILE, S::WEIGHTS, full + stage * 8);
       }
+      int bytes = block * 128 + chunk * 16 < bytes_k ? 16 : 0;
+      i64 offset = bytes ? along : 0;
+      u32 to = at + S::WEIGHTS + row0 * 128 + ((chunk ^ (row0 & 7)) << 4);
 #pragma unroll
       for (int i = 0; i < COPIES; i++) {
-        int row = row0 + i * 16;
-        if (row < N) {
-          bool real = from[i] && block * 128 + chunk * 16 < bytes_k;
-          copy16(at + S::WEIGHTS + row * 128 + ((chunk ^ (row & 7)) << 4), real ? from[i] + block * step : x, real ? 16 : 0);
-        }
+        // rows of a lane are multiples of 4 apart: with one warp a stage their swizzle alternates
+        u32 place = TEAM == 1 ? at + S::WEIGHTS + (row0 + i * 4) * 128 + ((chunk ^ ((row0 + i * 4) & 7)) << 4) : to + i * TEAM * 512;
+        if (from[i]) copy16(place, from[i] + offset, bytes);
       }
       if (F8) {
-        u32 to = base + S::AT_SCALES + stage * S::SCALES * 4;
-        if (thread < N) copy4(to + thread * 4, scale_row >= 0 ? a.xs + (i64)scale_row * a.xs_row + block : a.xs, scale_row >= 0 ? 4 : 0);
-        if (thread < 2) copy4(to + (N + thread) * 4, scales + block, 4);
+        u32 s = base + S::AT_SCALES + stage * S::SCALES * 4;
+        if (row_scales) copy4(s + lane * 4, row_scales + block, 4);
+        if (lane < 2) copy4(s + (N + lane) * 4, scales + block, 4);
       }
-      asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full + stage * 8) : "memory"); // when this thread's copies have landed
-      if (++stage == S::STAGES) { stage = 0; phase ^= 1; }
+      asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full + stage * 8) : "memory"); // when this lane's copies have landed
+      if ((stage += TEAMS) >= S::STAGES) { stage -= S::STAGES; phase ^= 1; }
     }
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
@@ -399,7 +406,7 @@ template <int N, bool F8, int W> static __device__ __forceinline__ void gemm(con
   int* before = (int*)(memory + S::AT_TABLE);
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::STAGES; i++) {
-      barrier_init(base + S::AT_BARRIERS + i * 8, PRODUCERS + 1);  // every producer's copies, and the weights' bytes
+      barrier_init(base + S::AT_BARRIERS + i * 8, S::TEAM * 32 + 1);  // the team's copies, and the weights' bytes
       barrier_init(base + S::AT_BARRIERS + (S::STAGES + i) * 8, W * 4);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::);

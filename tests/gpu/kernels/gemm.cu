@@ -1,4 +1,5 @@
-// Tests of pack.cu, quantise.cu and gemm.cu. Usage: gemm [time | small]; without arguments everything. `small`: shapes for compute-sanitizer.
+// Tests of pack.cu, quantise.cu, gemm.cu and expert_block.cu. Usage: gemm [check | time | small | block]; without arguments check and time.
+// small, block: shapes for compute-sanitizer.
 #include "common.h"
 namespace kernels_pack {
 #include "../../../crates/ops-cuda/kernels/pack.cu"
@@ -330,13 +331,17 @@ static void times() {
 
 int main(int argc, char** argv) {
   std::string mode = argc > 1 ? argv[1] : "";
+  if (mode == "block") { // the whole block alone
+    experts(true, 3, 128, 256, {3, 0, 9});
+    return finish();
+  }
   if (mode == "small") {
     for (bool f8 : {true, false}) { linear(f8, 160, 256, 33); linear(f8, 256, 272, 129); experts(f8, 3, 128, 256, {3, 0, 9}); }
     return finish();
   }
   if (mode != "time")
     for (bool f8 : {true, false}) {
-      int shapes[][3] = {{160, 256, 200}, {128, 256, 140}, {256, 128, 129}, {768, 256, 33}, {4096, 256, 128}, {256, 272, 200}, {34, 48, 64}, {576, 7168, 129}, {1536, 7168, 128}, {24576, 1536, 128}, {7168, 2048, 128}, {7168, 18432, 64}};
+      int shapes[][3] = {{160, 256, 200}, {128, 256, 140}, {256, 128, 129}, {768, 256, 33}, {4096, 256, 128}, {256, 272, 200}, {34, 48, 64}, {576, 7168, 129}, {1536, 7168, 128}, {24576, 1536, 128}, {7168, 2048, 128}, {7168, 18432, 64}, {12288, 1536, 33}, {7168, 8192, 31}, {2112, 7168, 1}};
       for (auto& s : shapes) linear(f8, s[0], s[1], s[2]);
       experts(f8, 6, 128, 256, {3, 0, 31, 33, 1, 129});
       experts(f8, 3, 192, 272, {5, 40, 0});

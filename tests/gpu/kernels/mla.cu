@@ -1,4 +1,4 @@
-// Tests of mla_decode.cu and mla_prefill.cu with the products around them. Usage: mla [time | small]; without arguments everything.
+// Tests of mla_decode.cu and mla_prefill.cu with the products around them. Usage: mla [check | time | small]; without arguments check and time.
 #include "common.h"
 namespace kernels_pack {
 #include "../../../crates/ops-cuda/kernels/pack.cu"
