@@ -11,6 +11,7 @@ mod dispatch;
 mod in_process;
 mod kernels;
 mod load;
+mod slow;
 mod stats;
 mod table;
 
@@ -19,9 +20,10 @@ use dispatch::DispatchArgs;
 use in_process::{InProcess, InProcessArgs};
 use kernels::KernelArgs;
 use load::{Shape, Target};
+use slow::{Comparison, Slow, SlowArgs};
 use stats::Figures;
 
-use crate::{output, progress, runtime};
+use crate::{output, progress, runtime, stop};
 
 /// Measures a running cluster, or one engine in this process, under the same load.
 #[derive(Args, Debug)]
@@ -61,6 +63,8 @@ struct LoadArgs {
     max_token_id: u32,
     #[command(flatten)]
     in_process: InProcessArgs,
+    #[command(flatten)]
+    slow: SlowArgs,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -72,6 +76,11 @@ struct Report<'a> {
     target: &'a str,
     model: &'a str,
     runs: &'a [Figures],
+    /// With `--slow-shard`: the same loads again, the shard stopped and continued.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    slowed: &'a [Figures],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    comparisons: &'a [Comparison],
 }
 
 /// Runs the command.
@@ -97,29 +106,58 @@ impl LoadArgs {
         if self.in_process.in_process {
             let engine = InProcess::open(&self.in_process, &shape, most)?;
             let model = in_process::model_name(&self.in_process.model);
-            runtime::block_on(self.measure(engine, "one engine", &model, &shape))
+            runtime::block_on(self.measure(engine, "one engine", &model, &shape, None))
         } else {
             runtime::block_on(async {
                 let cluster = Cluster::connect(&self.grpc).await?;
                 let model = cluster.model.name.clone();
-                self.measure(cluster, "cluster", &model, &shape).await
+                let slow = self.slow.find()?;
+                self.measure(cluster, "cluster", &model, &shape, slow).await
             })
         }
     }
 
-    async fn measure<T: Target>(&self, target: T, kind: &str, model: &str, shape: &Shape) -> Result<()> {
-        let bar = progress::steps("bench", self.concurrency.len() * (self.repeat + 1));
+    async fn measure<T: Target>(
+        &self,
+        target: T,
+        kind: &str,
+        model: &str,
+        shape: &Shape,
+        slow: Option<Slow>,
+    ) -> Result<()> {
+        let turns = (self.repeat + 1) * if slow.is_some() { 2 } else { 1 };
+        let bar = progress::steps("bench", self.concurrency.len() * turns);
         let target = Arc::new(target);
         let mut figures = Vec::with_capacity(self.concurrency.len());
+        let (mut slowed, mut comparisons) = (Vec::new(), Vec::new());
         for &streams in self.concurrency.iter().filter(|streams| **streams > 0) {
-            figures.push(load::run(&target, shape, streams, &bar).await?);
+            let load = load::run(&target, shape, streams, slow.as_ref(), &bar);
+            let (undisturbed, disturbed) = interruptible(load).await?;
+            if let Some(disturbed) = disturbed {
+                comparisons.push(Comparison::of(&undisturbed, &disturbed, self.repeat));
+                slowed.push(disturbed);
+            }
+            figures.push(undisturbed);
         }
         bar.finish_and_clear();
         if self.json {
-            output::json(&Report { target: kind, model, runs: &figures })
-        } else {
-            output::line(&format!("{kind}, {model}\n{}", table::render(&figures)));
-            Ok(())
+            let (runs, slowed, comparisons) = (&figures[..], &slowed[..], &comparisons[..]);
+            return output::json(&Report { target: kind, model, runs, slowed, comparisons });
         }
+        output::line(&format!("{kind}, {model}\n{}", table::render(&figures)));
+        if !slowed.is_empty() {
+            output::line(&format!("with a slow shard\n{}", table::render(&slowed)));
+        }
+        comparisons.iter().for_each(|comparison| output::line(&comparison.line()));
+        Ok(())
+    }
+}
+
+/// Runs a load to its end or to SIGTERM or Ctrl-C: then it is dropped like any other, which leaves a slowed shard
+/// running.
+async fn interruptible<T>(load: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::select! {
+        done = load => done,
+        signal = stop::requested(false)? => bail!("interrupted by {signal}"),
     }
 }

@@ -17,6 +17,7 @@ use crate::{
     catalog::{Catalog, Tensor},
     check,
     config::{self, DefaultedField},
+    digest::Digest,
     error::CheckpointError,
     hash,
     header::Dtype,
@@ -174,6 +175,14 @@ impl Checkpoint {
     pub fn tensor_bytes(&self, name: &str) -> Result<u64, CheckpointError> {
         self.locate(name)?;
         Ok(self.with_scales(name).map(|tensor| tensor.range().len() as u64).sum())
+    }
+
+    /// Takes a tensor's bytes, and its scales', into a digest. Cheapest while they are in memory: after packing,
+    /// before [`Self::release`].
+    pub fn digest(&self, name: &str, into: &mut Digest) -> Result<(), CheckpointError> {
+        self.locate(name)?;
+        self.with_scales(name).for_each(|tensor| into.part(tensor.bytes()));
+        Ok(())
     }
 
     /// Drops the pages of a tensor, and of its scales, from this process. Call it after repacking.

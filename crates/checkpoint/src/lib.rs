@@ -12,6 +12,7 @@ mod catalog;
 mod check;
 mod checkpoint;
 pub mod config;
+mod digest;
 mod error;
 mod hash;
 pub mod header;
@@ -23,6 +24,7 @@ pub mod table;
 mod verify;
 
 pub use checkpoint::{Checkpoint, FileRange, MatrixBytes, MatrixView};
+pub use digest::Digest;
 pub use error::CheckpointError;
 pub use listing::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE};
 pub use problem::{Problem, ProblemKind, Problems};

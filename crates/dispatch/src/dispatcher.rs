@@ -3,7 +3,8 @@
 //!
 //! `dispatch` groups the batch, sends one frame per shard and returns. `combine` takes answers as they
 //! come and scatters them. A frame that fails, or has no answer within `frame_timeout`, ejects its shard
-//! and its pairs are planned again at once over the copies that remain. Pairs without a usable copy are
+//! and its pairs are planned again at once over the copies that remain. A frame that takes many times what its
+//! peers take is planned again as well if others have copies of all that it wants, and its shard is avoided. Pairs without a usable copy are
 //! *stranded*: the dispatcher waits for a probe, a link or a view to bring a copy back, until
 //! `uncovered_wait` after the step's first failure, and then names the expert. All waits are on the
 //! mailbox with a deadline. The rows that come back do not depend on who computed them or in how many
@@ -246,7 +247,7 @@ impl Dispatcher {
         while let Ok(event) = self.events.try_recv() {
             self.handle_event(event);
         }
-        if self.links.any_ejected() {
+        if self.links.any_to_probe() {
             self.send_probes(Instant::now());
         }
     }
@@ -276,7 +277,7 @@ impl Dispatcher {
                 pair_tokens: Vec::new(),
                 pair_slots: Vec::new(),
             };
-            self.links.probing(sequence, shard);
+            self.links.probing(sequence, shard, now);
             add(&self.shared.stats.probes, 1);
             self.links.send(shard, frame, Reply::new(self.shared.mailbox.clone(), sequence));
         }
@@ -297,7 +298,8 @@ impl Dispatcher {
         let mut plan = {
             let (links, policy, rng) = (&mut self.links, &self.config.health, &mut self.rng);
             self.planner.plan(step.layer, &view.placement, pairs, limits, |_, replicas, tokens| {
-                let chosen = choose(replicas, links.health(), |shard| links.usable(shard), policy, now, rng);
+                let usable = |shard| links.usable(shard);
+                let chosen = choose(replicas, links.health(), usable, tokens, policy, now, rng);
                 // Counted at once, so that the next run of this very plan sees it.
                 if let Some(at) = chosen {
                     links.health_mut(replicas[at].shard).sent(tokens);
@@ -317,6 +319,7 @@ impl Dispatcher {
         let scale_width = 4 * rows.format.row_scales(rows.cols);
         // Reserved for all frames of the step at once, so that they share one allocation and it can be
         // taken back as a whole when they are answered.
+        let peers = self.links.peers();
         let gathered: usize = plan.frames.iter().map(|frame| frame.rows.len()).sum();
         self.buffer.reserve(gathered * (width + scale_width));
         for planned in plan.frames.drain(..) {
@@ -342,7 +345,9 @@ impl Dispatcher {
             add(&stats.frames, 1);
             add(&stats.pairs, targets.len());
             add(&self.shared.stats.bytes_out, frame.payload_bytes());
-            step.frames.push(InFlight::new(shard, frame.clone(), targets, now));
+            let mut in_flight = InFlight::new(shard, frame.clone(), targets, now);
+            in_flight.slow_after = peers.map(|peers| self.links.slow_after(&peers, shard, now));
+            step.frames.push(in_flight);
             self.outgoing.push((shard, frame));
         }
         self.send_outgoing();
@@ -385,12 +390,14 @@ impl Dispatcher {
         loop {
             self.catch_up();
             let Some(mut step) = self.steps.pop_front() else { return Ok(()) };
+            step.await_answers(Instant::now());
             step.scatter_into(out);
             if step.fatal.is_none() && step.is_done() {
                 return Ok(());
             }
             let (layer, now) = (step.layer, Instant::now());
             self.time_out(&mut step, now);
+            self.leave_slow(&mut step, now);
             self.rescue(&mut step);
             let closed = self.shared.closed.load(Ordering::Acquire);
             let failed = step

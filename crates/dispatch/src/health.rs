@@ -1,8 +1,17 @@
 //! What a dispatcher believes of each shard, and how it chooses among copies.
 //!
-//! Choice: power of two choices. Two random usable copies are compared by load (our own outstanding
-//! tokens, counted the moment a run is chosen, plus what the shard last said of its queue, if that is not
-//! stale), then by decayed latency. Choice never changes a bit of a result, only who computes it.
+//! Choice: the usable copy with the earliest expected finish, which is the shard's latency as far as it exceeds
+//! the common one, plus its load times its service time per token. Load is our own outstanding tokens (counted
+//! the moment a run is chosen) and what the shard last said of its queue, if that is not stale. Latency is the
+//! round trip without what the shard says of queue and computation, so it has the network and every moment in
+//! which the process does not run. Both times are decayed averages, and what is known of a shard fades when
+//! nothing new is heard, so that one bad moment does not keep it without work for ever. Choice never changes
+//! a bit of a result, only who computes it.
+//!
+//! Avoidance: a frame that takes many times what its peers' frames take, by work and latency, makes its shard
+//! *avoided*: it gets only what no other usable copy can compute, until several probes in a row are answered
+//! as fast as peers answer. So slowness never makes an expert unavailable, and a shard that runs by fits and
+//! starts costs one such frame per return; returns become rarer while it goes on.
 //!
 //! Ejection: a failure of any retryable kind takes the shard out at once, because the pairs at hand must
 //! go elsewhere now. It comes back through a probe, an empty frame that passes the shard's real queue and
@@ -12,7 +21,13 @@
 
 use std::time::{Duration, Instant};
 
-use cadre_types::placement::Replica;
+mod choice;
+mod speed;
+
+pub use choice::{ChoiceRng, choose};
+pub use speed::{Peers, Sample};
+
+use speed::Speed;
 
 /// Timing of ejection and trust in signals.
 #[derive(Clone, Copy, Debug)]
@@ -28,8 +43,21 @@ pub struct HealthPolicy {
     /// Age at which a shard's queue signal is ignored: older than a decode step it describes a queue
     /// that has since been worked off.
     pub signal_staleness: Duration,
-    /// Time constant of the latency average.
+    /// Time constant of the averages of latency and service time, and of their fading when nothing is heard.
     pub latency_decay: Duration,
+    /// A frame is slow after this many times what its peers need for as much work.
+    pub slow_factor: u32,
+    /// Nothing is slow before this: a time slice or two of a machine whose cores are all busy.
+    pub slow_floor: Duration,
+    /// Delay of the first probe of a shard that is avoided, doubled each time that it is avoided again.
+    pub slow_probe: Duration,
+    /// That delay is never longer: the cost of trying a shard that goes on and off is one slow frame per delay.
+    pub max_slow_probe: Duration,
+    /// Probes in a row that must be answered in time before a slow shard is like others again: what runs a
+    /// fifth of the time passes this many by luck once in some hundreds of tries.
+    pub slow_passes: u32,
+    /// Between the probes of such a row, so that they meet different moments of whatever stops the shard.
+    pub slow_probe_gap: Duration,
 }
 
 impl Default for HealthPolicy {
@@ -41,6 +69,12 @@ impl Default for HealthPolicy {
             probe_timeout: Duration::from_secs(5),
             signal_staleness: Duration::from_millis(50),
             latency_decay: Duration::from_secs(1),
+            slow_factor: 8,
+            slow_floor: Duration::from_millis(10),
+            slow_probe: Duration::from_millis(50),
+            max_slow_probe: Duration::from_secs(5),
+            slow_passes: 4,
+            slow_probe_gap: Duration::from_millis(20),
         }
     }
 }
@@ -58,12 +92,14 @@ pub enum Failure {
     BadAnswer,
     /// The coordinator no longer lists the shard.
     Expired,
+    /// Many times slower than its peers.
+    Slow,
 }
 
 impl Failure {
     /// Every kind, in the order of [`Failure::index`].
-    pub const ALL: [Self; 5] =
-        [Self::Unreachable, Self::TimedOut, Self::Refused, Self::BadAnswer, Self::Expired];
+    pub const ALL: [Self; 6] =
+        [Self::Unreachable, Self::TimedOut, Self::Refused, Self::BadAnswer, Self::Expired, Self::Slow];
 
     /// Position in [`Failure::ALL`].
     pub fn index(self) -> usize {
@@ -78,6 +114,7 @@ impl Failure {
             Self::Refused => "refused",
             Self::BadAnswer => "bad_answer",
             Self::Expired => "expired",
+            Self::Slow => "slow",
         }
     }
 }
@@ -85,7 +122,16 @@ impl Failure {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Standing {
     Admitted,
-    Ejected { next_probe: Instant, probing: bool },
+    /// Slow: asked only for what nobody else has. `passed` probes in a row were answered in time.
+    Avoided {
+        next_probe: Instant,
+        probing: bool,
+        passed: u32,
+    },
+    Ejected {
+        next_probe: Instant,
+        probing: bool,
+    },
 }
 
 /// One shard's standing with this dispatcher.
@@ -94,23 +140,39 @@ pub struct ShardHealth {
     standing: Standing,
     /// Ejections since the last computed frame.
     streak: u32,
+    /// Times that it was avoided without having been good for long in between.
+    slow_streak: u32,
+    /// When it was last like others again after it had been avoided.
+    forgiven: Option<Instant>,
     /// Tokens (pairs) sent and not yet answered or given up.
     outstanding: u64,
     /// Tokens waiting at the shard, by its own word, and when it said so.
     queued: Option<(u32, Instant)>,
-    /// Decayed round trip in seconds, and when it was last updated.
-    latency: Option<(f64, Instant)>,
+    speed: Option<Speed>,
 }
 
 impl Default for ShardHealth {
     fn default() -> Self {
-        Self { standing: Standing::Admitted, streak: 0, outstanding: 0, queued: None, latency: None }
+        Self {
+            standing: Standing::Admitted,
+            streak: 0,
+            slow_streak: 0,
+            forgiven: None,
+            outstanding: 0,
+            queued: None,
+            speed: None,
+        }
     }
 }
 
 impl ShardHealth {
     /// Whether frames may go to it.
     pub fn admitted(&self) -> bool {
+        !matches!(self.standing, Standing::Ejected { .. })
+    }
+
+    /// Whether frames go to it although others have the same experts.
+    pub fn preferred(&self) -> bool {
         self.standing == Standing::Admitted
     }
 
@@ -129,26 +191,20 @@ impl ShardHealth {
         self.outstanding
     }
 
-    /// A frame with pairs came back computed.
-    pub fn computed(&mut self, policy: &HealthPolicy, now: Instant, round_trip: Duration, queued: u32) {
-        self.standing = Standing::Admitted;
+    /// A frame with pairs came back computed. That ends an ejection, but not slowness: only probes do.
+    pub fn computed(&mut self, policy: &HealthPolicy, now: Instant, sample: Sample) {
+        if !self.admitted() {
+            self.standing = Standing::Admitted;
+        }
         self.streak = 0;
-        self.queued = Some((queued, now));
-        let sample = round_trip.as_secs_f64();
-        let average = match self.latency {
-            None => sample,
-            Some((average, at)) => {
-                let age = now.saturating_duration_since(at).as_secs_f64();
-                let keep = (-age / policy.latency_decay.as_secs_f64()).exp().min(0.9);
-                average * keep + sample * (1.0 - keep)
-            }
-        };
-        self.latency = Some((average, now));
+        self.queued = Some((sample.queued, now));
+        self.speed = Some(Speed::with(self.speed, sample, policy, now));
     }
 
-    /// A frame failed. True if that ejected the shard (it may have been out already).
+    /// A frame failed. True if that ejected the shard, or made it avoided (it may have been so already).
     pub fn failed(&mut self, policy: &HealthPolicy, now: Instant, failure: Failure) -> bool {
         let first = match failure {
+            Failure::Slow => return self.slow(policy, now),
             Failure::TimedOut => policy.first_probe_after_hang,
             // Link-up events bring the probe forward; a listed-no-more shard may well be alive.
             Failure::Unreachable | Failure::Refused | Failure::BadAnswer | Failure::Expired => {
@@ -164,6 +220,25 @@ impl ShardHealth {
         was_admitted
     }
 
+    fn slow(&mut self, policy: &HealthPolicy, now: Instant) -> bool {
+        if !self.preferred() {
+            return false;
+        }
+        // Four of the longest delays without trouble: whatever it was is over.
+        let good_for = self.forgiven.map(|since| now.saturating_duration_since(since));
+        if good_for.is_none_or(|good_for| good_for >= policy.max_slow_probe * 4) {
+            self.slow_streak = 0;
+        }
+        let next_probe = now + self.slow_delay(policy);
+        self.slow_streak = self.slow_streak.saturating_add(1);
+        self.standing = Standing::Avoided { next_probe, probing: false, passed: 0 };
+        true
+    }
+
+    fn slow_delay(&self, policy: &HealthPolicy) -> Duration {
+        policy.slow_probe.saturating_mul(1 << self.slow_streak.min(16)).min(policy.max_slow_probe)
+    }
+
     /// The link came up: probe now.
     pub fn link_up(&mut self, now: Instant) {
         if let Standing::Ejected { .. } = self.standing {
@@ -175,7 +250,7 @@ impl ShardHealth {
     pub fn next_probe(&self) -> Option<Instant> {
         match self.standing {
             Standing::Admitted => None,
-            Standing::Ejected { next_probe, .. } => Some(next_probe),
+            Standing::Avoided { next_probe, .. } | Standing::Ejected { next_probe, .. } => Some(next_probe),
         }
     }
 
@@ -187,24 +262,56 @@ impl ShardHealth {
                 *probing = true;
                 true
             }
-            Standing::Ejected { .. } | Standing::Admitted => false,
+            Standing::Avoided { next_probe, probing, passed } if *next_probe <= now => {
+                // One that is given up has failed.
+                *passed = if *probing { 0 } else { *passed };
+                *next_probe = now + policy.probe_timeout;
+                *probing = true;
+                true
+            }
+            Standing::Ejected { .. } | Standing::Avoided { .. } | Standing::Admitted => false,
         }
     }
 
-    /// A probe came back. True if it admitted the shard.
-    pub fn probed(&mut self, policy: &HealthPolicy, now: Instant, passed: bool) -> bool {
-        let Standing::Ejected { probing: true, .. } = self.standing else { return false };
-        if passed {
-            self.standing = Standing::Admitted;
-        } else {
-            let delay = policy.first_probe.saturating_mul(1 << self.streak.min(16)).min(policy.max_probe);
-            self.streak = self.streak.saturating_add(1);
-            self.standing = Standing::Ejected { next_probe: now + delay, probing: false };
+    /// A probe came back; `in_time` if as fast as peers answer. True if that made the shard like others again.
+    pub fn probed(&mut self, policy: &HealthPolicy, now: Instant, passed: bool, in_time: bool) -> bool {
+        match self.standing {
+            Standing::Ejected { probing: true, .. } if passed => {
+                self.standing = Standing::Admitted;
+                true
+            }
+            Standing::Ejected { probing: true, .. } => {
+                let delay = policy.first_probe.saturating_mul(1 << self.streak.min(16)).min(policy.max_probe);
+                self.streak = self.streak.saturating_add(1);
+                self.standing = Standing::Ejected { next_probe: now + delay, probing: false };
+                false
+            }
+            Standing::Avoided { probing: true, passed: row, .. } if passed && in_time => {
+                let row = row + 1;
+                let back = row >= policy.slow_passes;
+                self.standing = if back {
+                    self.forgiven = Some(now);
+                    // What it was like does not say what it is like.
+                    self.speed = None;
+                    Standing::Admitted
+                } else {
+                    let next_probe = now + policy.slow_probe_gap;
+                    Standing::Avoided { next_probe, probing: false, passed: row }
+                };
+                back
+            }
+            Standing::Avoided { probing: true, .. } => {
+                // `slow` has counted this time already.
+                let delay = (self.slow_delay(policy) / 2).max(policy.slow_probe);
+                self.standing = Standing::Avoided { next_probe: now + delay, probing: false, passed: 0 };
+                false
+            }
+            Standing::Ejected { .. } | Standing::Avoided { .. } | Standing::Admitted => false,
         }
-        passed
     }
 
-    fn load(&self, policy: &HealthPolicy, now: Instant) -> u64 {
+    /// Tokens ahead of a new one: ours, and those of all workers as the shard last said.
+    pub fn load(&self, policy: &HealthPolicy, now: Instant) -> u64 {
         let queued = match self.queued {
             Some((tokens, at)) if now.saturating_duration_since(at) <= policy.signal_staleness => {
                 u64::from(tokens)
@@ -213,56 +320,6 @@ impl ShardHealth {
         };
         self.outstanding + queued
     }
-
-    fn latency(&self) -> f64 {
-        self.latency.map_or(0.0, |(average, _)| average)
-    }
-}
-
-/// Random numbers of the chooser (splitmix64). They decide who computes, never what.
-#[derive(Clone, Debug)]
-pub struct ChoiceRng(u64);
-
-impl ChoiceRng {
-    /// A generator; dispatchers use different seeds so that they do not choose alike.
-    pub fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((u128::from(z ^ (z >> 31)) * limit as u128) >> 64) as usize
-    }
-}
-
-/// Picks one usable copy by power of two choices; `None` if no copy is usable.
-pub fn choose(
-    replicas: &[Replica],
-    health: &[ShardHealth],
-    usable: impl Fn(usize) -> bool,
-    policy: &HealthPolicy,
-    now: Instant,
-    rng: &mut ChoiceRng,
-) -> Option<usize> {
-    let usable = |at: &usize| usable(replicas[*at].shard.index());
-    let count = (0..replicas.len()).filter(usable).count();
-    let nth = |n: usize| (0..replicas.len()).filter(usable).nth(n);
-    if count < 2 {
-        return nth(0);
-    }
-    let first = rng.below(count);
-    let second = (first + 1 + rng.below(count - 1)) % count;
-    let (first, second) = (nth(first)?, nth(second)?);
-    let rank = |at: usize| {
-        let shard = &health[replicas[at].shard.index()];
-        (shard.load(policy, now), shard.latency())
-    };
-    let (a, b) = (rank(first), rank(second));
-    let second_wins = b.0 < a.0 || (b.0 == a.0 && b.1 < a.1);
-    Some(if second_wins { second } else { first })
 }
 
 #[cfg(test)]

@@ -104,8 +104,25 @@ struct Standing {
     state: MemberState,
     applied: Stamp,
     prepared: Stamp,
+    digests: Digests,
     leaving: bool,
 }
+
+/// What the weights that this process holds are, byte by byte.
+#[derive(Clone, Debug, Default)]
+struct Digests {
+    experts: Arc<Vec<v1::LayerDigests>>,
+    weights: u64,
+}
+
+impl PartialEq for Digests {
+    /// Digests that were made anew are worth telling again.
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.experts, &other.experts) && self.weights == other.weights
+    }
+}
+
+impl Eq for Digests {}
 
 /// Names a placement; the default names none.
 #[derive(Clone, Debug, Default)]
@@ -138,6 +155,8 @@ struct Session<L> {
     load: L,
     views: watch::Sender<Option<Arc<ClusterView>>>,
     standing: watch::Receiver<Standing>,
+    /// The digests that this stream's reports have carried.
+    told: Option<Digests>,
     refusal: watch::Sender<Option<String>>,
 }
 
@@ -164,6 +183,7 @@ pub fn join(
         state: member.state,
         applied: Stamp::default(),
         prepared: Stamp::default(),
+        digests: Digests::default(),
         leaving: false,
     };
     let (standing, standing_rx) = watch::channel(first);
@@ -174,6 +194,7 @@ pub fn join(
         load,
         views: views.clone(),
         standing: standing_rx,
+        told: None,
         refusal: refusal_tx,
     };
     let task = tokio::spawn(session.run(endpoint));
@@ -205,6 +226,17 @@ impl Membership {
     pub fn set_prepared(&self, placement: Option<&Arc<Placement>>) {
         let prepared = placement.map(Stamp::of).unwrap_or_default();
         self.standing.send_if_modified(|standing| replace(&mut standing.prepared, prepared));
+    }
+
+    /// Shards: the digests of every expert held, from which the coordinator tells copies that differ. Reported at
+    /// once, and first thing on every new stream.
+    pub fn set_expert_digests(&self, experts: Vec<v1::LayerDigests>) {
+        self.standing.send_modify(|standing| standing.digests.experts = Arc::new(experts));
+    }
+
+    /// Workers: the digest of the weights that they have read. Reported at once, and first thing on every new stream.
+    pub fn set_weights_digest(&self, digest: u64) {
+        self.standing.send_if_modified(|standing| replace(&mut standing.digests.weights, digest));
     }
 
     /// Resolves when the coordinator refuses our generation, with its words. Pending otherwise.
@@ -337,6 +369,7 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
     }
 
     fn first_report(&mut self) -> v1::Report {
+        self.told = None;
         let report = self.report();
         let applied = self.standing.borrow().applied.clone();
         // Read twice, so it may have changed in between; then epoch and digest of the whole one hold.
@@ -353,6 +386,10 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
         let standing = self.standing.borrow().clone();
         let load = (self.load)();
         let member = Member { state: standing.state, ..self.member.clone() };
+        let news = self.told.as_ref() != Some(&standing.digests);
+        let expert_digests = if news { standing.digests.experts.to_vec() } else { Vec::new() };
+        let weights_digest = standing.digests.weights;
+        self.told = Some(standing.digests);
         v1::Report {
             member: Some((&member).into()),
             generation: Some(Generation { epoch: standing.applied.epoch, ..self.generation }.into()),
@@ -363,6 +400,8 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
             prepared_digest: standing.prepared.digest,
             prepared_epoch: standing.prepared.epoch.0,
             applied_placement: None,
+            expert_digests,
+            weights_digest,
         }
     }
 

@@ -51,10 +51,12 @@ pub struct ShardStats {
     pub pairs: AtomicU64,
     /// Failures by [`Failure::index`].
     pub failures: [AtomicU64; Failure::ALL.len()],
-    /// Times it was taken out.
+    /// Times it was taken out, or avoided because it was slow.
     pub ejections: AtomicU64,
     /// 1 while frames may go to it.
     pub usable: AtomicU64,
+    /// 1 while it gets only what no other usable copy can compute, because it is slow.
+    pub avoided: AtomicU64,
 }
 
 /// Counters of one dispatcher. All grow for ever but the gauges, which say so.

@@ -12,6 +12,7 @@
 //! newer view does not want it any more. A shard that no placement has holds nothing and waits, unready.
 
 use std::{
+    collections::BTreeMap,
     future::Future,
     net::SocketAddr,
     pin::pin,
@@ -27,6 +28,7 @@ use cadre_checkpoint::Checkpoint;
 use cadre_dispatch::{
     Driver, ExpertServer, IoThread, LoadReport, Membership, MembershipOptions, membership, tuning,
 };
+use cadre_model::ExpertKey;
 use cadre_ops::Backend;
 use cadre_ops_cpu::{CpuBackend, CpuOptions};
 use cadre_proto::v1;
@@ -308,6 +310,8 @@ impl Expert {
         let shard = self.shard.clone();
         let tested = on_thread("cadre-self-test", move || shard.self_test(epoch, SELF_TEST_BOUND)).await?;
         tested.with_context(|| format!("{} under {epoch}", self.index))?;
+        // Before the placement is reported as held: copies that differ are never used.
+        self.membership.set_expert_digests(layer_digests(self.shard.digests()));
         Ok(Some(placement))
     }
 
@@ -432,6 +436,22 @@ fn join(
         LoadReport { loading: Some(loading), ..LoadReport::default() }
     };
     Ok(membership::join(MembershipOptions::new(&options.coordinator), member, weights, load)?)
+}
+
+/// As reports carry them.
+fn layer_digests(digests: BTreeMap<ExpertKey, u64>) -> Vec<v1::LayerDigests> {
+    let mut layers: Vec<v1::LayerDigests> = Vec::new();
+    for (key, digest) in digests {
+        let layer = u32::from(key.layer.0);
+        if layers.last().is_none_or(|last| last.layer != layer) {
+            layers.push(v1::LayerDigests { layer, ..v1::LayerDigests::default() });
+        }
+        if let Some(last) = layers.last_mut() {
+            last.experts.push(u32::from(key.expert.0));
+            last.digests.push(digest);
+        }
+    }
+    layers
 }
 
 async fn bind(address: SocketAddr, option: &str) -> Result<(TcpListener, SocketAddr)> {

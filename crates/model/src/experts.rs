@@ -47,14 +47,17 @@ impl<B: Backend> ExpertLoader<B> {
 
     /// Loads one expert.
     pub fn load(&self, key: ExpertKey) -> Result<Ffn<B::Weight>, LoadError> {
+        self.load_digested(key).map(|(ffn, _)| ffn)
+    }
+
+    /// Loads one expert, with the digest of the bytes that were read: gate, up and down matrix, each with its
+    /// scales.
+    pub fn load_digested(&self, key: ExpertKey) -> Result<(Ffn<B::Weight>, u64), LoadError> {
         check_class(self.backend.class(), self.config())?;
-        let mut reader = Reader {
-            backend: &*self.backend,
-            checkpoint: &self.checkpoint,
-            bytes_read: 0,
-            bytes_expected: 0,
-            progress: &mut |_| {},
-        };
-        reader.ffn(&format!("model.layers.{}.mlp.experts.{}.", key.layer.0, key.expert.0))
+        let bytes_expected = self.expert_bytes(key)?;
+        let mut progress = |_| {};
+        let mut reader = Reader::new(&*self.backend, &self.checkpoint, bytes_expected, &mut progress);
+        let ffn = reader.ffn(&format!("model.layers.{}.mlp.experts.{}.", key.layer.0, key.expert.0))?;
+        Ok((ffn, reader.digest.value()))
     }
 }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use cadre_checkpoint::{Checkpoint, CheckpointError, MatrixBytes, MatrixView, table::table};
+use cadre_checkpoint::{Checkpoint, CheckpointError, Digest, MatrixBytes, MatrixView, table::table};
 use cadre_ops::{Backend, HostMatrix, KvLayout, MatrixData, OpsError, backend::Ffn, shape::GateShape};
 use cadre_types::{LayerId, ModelConfig, NumericsClass, config::ScaleFormat};
 
@@ -69,6 +69,7 @@ pub struct Model<B: Backend> {
     pub(crate) norm: B::Vector,
     pub(crate) head: B::Weight,
     pub(crate) mtp: Option<Mtp<B>>,
+    pub(crate) weights_digest: u64,
 }
 
 /// One transformer block.
@@ -117,7 +118,7 @@ impl<B: Backend> Model<B> {
         check_class(backend.class(), &config)?;
         let with_mtp = options.mtp && config.num_nextn_predict_layers > 0;
         let bytes_expected = resident_bytes(checkpoint, with_mtp)?;
-        let mut reader = Reader { backend: &*backend, checkpoint, bytes_read: 0, bytes_expected, progress };
+        let mut reader = Reader::new(&*backend, checkpoint, bytes_expected, progress);
 
         let shape = attention_shape(&config);
         let attention = reader.packed("rotary tables", |backend| backend.load_attention(&shape))?;
@@ -130,7 +131,9 @@ impl<B: Backend> Model<B> {
         let mtp = with_mtp
             .then(|| reader.mtp(&config, &shape, LayerId(config.num_hidden_layers as u16)))
             .transpose()?;
+        let weights_digest = reader.digest.value();
         Ok(Self {
+            weights_digest,
             gate_shape: GateShape::of(&config),
             backend,
             config,
@@ -151,6 +154,11 @@ impl<B: Backend> Model<B> {
     /// The backend that holds the weights.
     pub fn backend(&self) -> &Arc<B> {
         &self.backend
+    }
+
+    /// Digest of the bytes that were read: the same in every process that loaded the same tensors.
+    pub fn weights_digest(&self) -> u64 {
+        self.weights_digest
     }
 
     /// Whether the MTP module is loaded.
@@ -181,10 +189,20 @@ pub(crate) struct Reader<'a, B: Backend> {
     pub(crate) checkpoint: &'a Checkpoint,
     pub(crate) bytes_read: u64,
     pub(crate) bytes_expected: u64,
+    pub(crate) digest: Digest,
     pub(crate) progress: &'a mut dyn FnMut(LoadProgress),
 }
 
-impl<B: Backend> Reader<'_, B> {
+impl<'a, B: Backend> Reader<'a, B> {
+    pub(crate) fn new(
+        backend: &'a B,
+        checkpoint: &'a Checkpoint,
+        bytes_expected: u64,
+        progress: &'a mut dyn FnMut(LoadProgress),
+    ) -> Self {
+        Self { backend, checkpoint, bytes_read: 0, bytes_expected, digest: Digest::default(), progress }
+    }
+
     fn layer(
         &mut self,
         config: &ModelConfig,
@@ -289,6 +307,7 @@ impl<B: Backend> Reader<'_, B> {
     /// Counts a tensor and lets its pages go.
     fn done(&mut self, name: &str) -> Result<(), LoadError> {
         self.bytes_read += self.checkpoint.tensor_bytes(name)?;
+        self.checkpoint.digest(name, &mut self.digest)?;
         self.checkpoint.release(name)?;
         (self.progress)(LoadProgress { bytes_read: self.bytes_read, bytes_expected: self.bytes_expected });
         Ok(())

@@ -19,5 +19,5 @@ pub mod workspace;
 
 pub use self_test::SelfTestError;
 pub use shard::{ApplyError, Progress, Shard, ShardOptions};
-pub use source::{CheckpointSource, ExpertSource, SourceError};
+pub use source::{CheckpointSource, ExpertSource, Loaded, SourceError};
 pub use stats::ShardStats;

@@ -5,7 +5,7 @@
 //! experts that they have in common; a frame keeps what it was accepted under until it is answered.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -77,13 +77,15 @@ pub(crate) struct Held<W> {
     /// By position in `contract.slots`, then by slot.
     slots: Vec<Vec<Arc<Ffn<W>>>>,
     experts: HashMap<ExpertKey, Arc<Ffn<W>>>,
+    /// Of the bytes that each expert was packed from.
+    digests: HashMap<ExpertKey, u64>,
 }
 
 impl<W> Held<W> {
     /// Nothing loaded.
     #[cfg(test)]
     pub(crate) fn empty(contract: ShardContract) -> Self {
-        Self { contract, digest: 0, slots: Vec::new(), experts: HashMap::new() }
+        Self { contract, digest: 0, slots: Vec::new(), experts: HashMap::new(), digests: HashMap::new() }
     }
 
     /// The experts of a layer by slot.
@@ -224,6 +226,12 @@ impl<B: Backend> Shard<B> {
     /// Experts loaded, and the bytes of their packed weights.
     pub fn resident(&self) -> (usize, u64) {
         self.inner.resident()
+    }
+
+    /// Digests of the bytes of the experts loaded, ascending.
+    pub fn digests(&self) -> BTreeMap<ExpertKey, u64> {
+        let held = self.inner.held.read().clone();
+        held.iter().flat_map(|held| held.digests.iter().map(|(key, digest)| (*key, *digest))).collect()
     }
 
     /// One real step under a placement that is held: a row through every slot of every layer, by the way
@@ -414,7 +422,9 @@ impl<B: Backend> Inner<B> {
             return Ok(());
         }
         let before = self.held.read().clone();
-        let kept = |key: &ExpertKey| before.iter().find_map(|held| held.experts.get(key).cloned());
+        let kept = |key: &ExpertKey| {
+            before.iter().find_map(|held| Some((held.experts.get(key)?.clone(), *held.digests.get(key)?)))
+        };
         let layers: Vec<(LayerId, Vec<ExpertKey>)> = placement
             .shard_slots(shard)
             .map(|(layer, experts)| {
@@ -431,6 +441,7 @@ impl<B: Backend> Inner<B> {
         self.bytes_expected.store(sizes.values().sum(), Ordering::Release);
 
         let mut experts = HashMap::with_capacity(sizes.len());
+        let mut digests = HashMap::with_capacity(sizes.len());
         let mut slots = Vec::with_capacity(layers.len());
         for (_, keys) in &layers {
             let mut row = Vec::with_capacity(keys.len());
@@ -438,14 +449,15 @@ impl<B: Backend> Inner<B> {
                 if self.stopping.load(Ordering::Acquire) || given_up.load(Ordering::Acquire) {
                     return Err(ApplyError::GivenUp { epoch });
                 }
-                let ffn = match kept(&key) {
-                    Some(ffn) => ffn,
-                    None => Arc::new(self.source.load(key).map_err(|source| ApplyError::Load {
-                        epoch,
-                        key,
-                        source,
-                    })?),
+                let (ffn, digest) = match kept(&key) {
+                    Some(kept) => kept,
+                    None => {
+                        let failed = |source| ApplyError::Load { epoch, key, source };
+                        let loaded = self.source.load(key).map_err(failed)?;
+                        (Arc::new(loaded.ffn), loaded.digest)
+                    }
                 };
+                digests.insert(key, digest);
                 self.bytes_read.fetch_add(sizes[&key], Ordering::AcqRel);
                 experts.insert(key, ffn.clone());
                 row.push(ffn);
@@ -458,7 +470,7 @@ impl<B: Backend> Inner<B> {
             hidden: self.options.hidden,
             slots: layers.iter().map(|(layer, keys)| (*layer, keys.len())).collect(),
         };
-        let new = Arc::new(Held { contract, digest: placement.digest(), slots, experts });
+        let new = Arc::new(Held { contract, digest: placement.digest(), slots, experts, digests });
         let mut held = self.held.write();
         held.retain(|held| held.contract.generation.epoch != epoch);
         let at = held.partition_point(|held| held.contract.generation.epoch < epoch);

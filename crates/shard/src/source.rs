@@ -15,7 +15,16 @@ pub trait ExpertSource<B: Backend>: Send + Sync + 'static {
     fn expert_bytes(&self, key: ExpertKey) -> Result<u64, SourceError>;
 
     /// Loads it. Called from one thread at a time.
-    fn load(&self, key: ExpertKey) -> Result<Ffn<B::Weight>, SourceError>;
+    fn load(&self, key: ExpertKey) -> Result<Loaded<B::Weight>, SourceError>;
+}
+
+/// An expert that was loaded.
+#[derive(Debug)]
+pub struct Loaded<W> {
+    /// Its packed weights.
+    pub ffn: Ffn<W>,
+    /// Digest of the bytes that it was packed from: the same for every copy.
+    pub digest: u64,
 }
 
 /// Experts of a checkpoint on disk. Only the byte ranges of the experts asked for are touched, and they
@@ -37,9 +46,9 @@ impl<B: Backend> ExpertSource<B> for CheckpointSource<B> {
         Ok(self.loader.expert_bytes(key)?)
     }
 
-    fn load(&self, key: ExpertKey) -> Result<Ffn<B::Weight>, SourceError> {
-        let ffn = self.loader.load(key)?;
+    fn load(&self, key: ExpertKey) -> Result<Loaded<B::Weight>, SourceError> {
+        let (ffn, digest) = self.loader.load_digested(key)?;
         self.checkpoint.release_expert(key.layer, key.expert)?;
-        Ok(ffn)
+        Ok(Loaded { ffn, digest })
     }
 }

@@ -397,3 +397,50 @@ fn shards_that_run_their_own_io_give_the_same_bits_and_end() {
         drop(io);
     }
 }
+
+#[test]
+fn copies_have_one_digest_and_a_changed_byte_changes_that_experts_alone() {
+    let (_dir, checkpoint) = checkpoint(WeightFormat::Bf16);
+    let layer = checkpoint.config().moe_layers().next().unwrap();
+    let digests = |checkpoint: &Arc<Checkpoint>, shard: u16| {
+        let backend = Arc::new(ReferenceBackend::new(NumericsClass::F32));
+        let (model, numerics, epoch) = (checkpoint.model_hash(), NumericsClass::F32, PlacementEpoch(1));
+        let weights = Generation { model, numerics, epoch };
+        let hidden = checkpoint.config().hidden_size;
+        let options = ShardOptions { shard: ShardIndex(shard), weights, hidden };
+        let source = Arc::new(CheckpointSource::new(backend.clone(), checkpoint.clone()));
+        let shard = Shard::inline(options, backend, source).unwrap();
+        // Every expert on both.
+        shard.apply(&placement(checkpoint, 2, checkpoint.config().n_routed_experts)).unwrap();
+        shard.digests()
+    };
+    let before = digests(&checkpoint, 0);
+    assert_eq!(before, digests(&checkpoint, 1));
+    let mut values: Vec<u64> = before.values().copied().collect();
+    values.sort_unstable();
+    values.dedup();
+    assert_eq!(values.len(), before.len(), "experts differ");
+
+    // A byte that the model hash does not see.
+    let (expert, hash) = (LogicalExpert(3), checkpoint.model_hash());
+    let unseen = checkpoint.expert_bytes(layer, expert).unwrap().into_iter().flat_map(|part| {
+        let path = checkpoint.dir().join(part.file);
+        part.range.step_by(97).map(move |at| (path.clone(), at as usize))
+    });
+    let changed = unseen.into_iter().find_map(|(path, at)| {
+        let original = std::fs::read(&path).unwrap();
+        let mut bytes = original.clone();
+        bytes[at] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        let changed = Arc::new(Checkpoint::open(checkpoint.dir()).unwrap());
+        if changed.model_hash() == hash {
+            return Some(changed);
+        }
+        std::fs::write(&path, original).unwrap();
+        None
+    });
+    let after = digests(&changed.expect("a byte between the samples"), 0);
+    let differ: Vec<_> = before.iter().filter(|(key, digest)| after[*key] != **digest).collect();
+    assert_eq!(differ.len(), 1);
+    assert_eq!((differ[0].0.layer, differ[0].0.expert), (layer, expert));
+}

@@ -22,7 +22,7 @@ use crate::metrics::raise;
 
 const SHARD: Label = Label::Bounded("shard", "expert shards of the model");
 const FAILURE: Label =
-    Label::OneOf("kind", &["unreachable", "timed_out", "refused", "bad_answer", "expired"]);
+    Label::OneOf("kind", &["unreachable", "timed_out", "refused", "bad_answer", "expired", "slow"]);
 
 const ROUND_TRIP: MetricSpec = MetricSpec {
     name: "cadre_dispatch_round_trip_seconds",
@@ -70,7 +70,7 @@ const FAILURES: MetricSpec = MetricSpec {
 const EJECTIONS: MetricSpec = MetricSpec {
     name: "cadre_dispatch_ejections_total",
     kind: MetricKind::Counter,
-    help: "Times that a shard was taken out.",
+    help: "Times that a shard was taken out, or avoided because it was slow.",
     labels: &[SHARD],
 };
 const USABLE: MetricSpec = MetricSpec {
@@ -80,9 +80,17 @@ const USABLE: MetricSpec = MetricSpec {
     labels: &[SHARD],
 };
 
+const AVOIDED: MetricSpec = MetricSpec {
+    name: "cadre_dispatch_shard_avoided",
+    kind: MetricKind::Gauge,
+    help: "1 while the shard gets only what no other usable copy can compute, because it is many times slower than its \
+           peers.",
+    labels: &[SHARD],
+};
+
 /// Every metric of the dispatch path, for registration and docs/metrics.md.
 pub const CATALOG: &[MetricSpec] =
-    &[ROUND_TRIP, BYTES, SHARD_MICROS, EVENTS, FRAMES, PAIRS, FAILURES, EJECTIONS, USABLE];
+    &[ROUND_TRIP, BYTES, SHARD_MICROS, EVENTS, FRAMES, PAIRS, FAILURES, EJECTIONS, USABLE, AVOIDED];
 
 /// The handles.
 #[derive(Debug)]
@@ -96,6 +104,7 @@ pub struct DispatchMetrics {
     failures: CounterFamily,
     ejections: CounterFamily,
     usable: GaugeFamily,
+    avoided: GaugeFamily,
 }
 
 impl DispatchMetrics {
@@ -112,6 +121,7 @@ impl DispatchMetrics {
             failures: metrics.counters(&FAILURES)?,
             ejections: metrics.counters(&EJECTIONS)?,
             usable: metrics.gauges(&USABLE)?,
+            avoided: metrics.gauges(&AVOIDED)?,
         })
     }
 
@@ -140,6 +150,7 @@ impl DispatchMetrics {
                 raise(&self.failures, &[&index, kind.name()], &shard.failures[kind.index()]);
             }
             self.usable.with(&[&index]).set(shard.usable.load(Ordering::Relaxed) as f64);
+            self.avoided.with(&[&index]).set(shard.avoided.load(Ordering::Relaxed) as f64);
         }
     }
 }

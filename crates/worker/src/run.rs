@@ -244,6 +244,7 @@ impl Worker {
             refused = self.membership.refused() => return Err(refused.into()),
         };
         self.readiness.met(WEIGHTS);
+        self.membership.set_weights_digest(self.report.weights_digest.load(Ordering::Relaxed));
         let handle = engine.handle();
         self.engine = Some(engine);
         let stats = dispatch.stats();

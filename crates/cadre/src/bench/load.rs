@@ -6,7 +6,10 @@ use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
 use tokio::task::JoinSet;
 
-use super::stats::{Figures, Timeline};
+use super::{
+    slow::Slow,
+    stats::{Figures, Timeline},
+};
 
 /// Something that generates from token ids.
 pub(crate) trait Target: Send + Sync + 'static {
@@ -32,25 +35,40 @@ pub(crate) struct Shape {
     pub(crate) max_token_id: u32,
 }
 
+/// Prompts of the runs with a slow shard are those of turns that no other run has.
+const SLOWED_TURNS: usize = 1 << 16;
+
 /// Ids below are special tokens in most vocabularies.
 const FIRST_TOKEN_ID: u32 = 16;
 
-/// Runs the load with so many streams at a time.
+/// Runs the load with so many streams at a time; after each run that is not disturbed another one, of other prompts,
+/// with a slow shard, if there is to be one.
 pub(crate) async fn run<T: Target>(
     target: &Arc<T>,
     shape: &Shape,
     streams: usize,
+    slow: Option<&Slow>,
     bar: &ProgressBar,
-) -> Result<Figures> {
-    let mut runs = Vec::with_capacity(shape.repeat);
+) -> Result<(Figures, Option<Figures>)> {
+    let (mut runs, mut slowed) = (Vec::with_capacity(shape.repeat), Vec::new());
     for turn in 0..=shape.repeat {
         let timelines = together(target, shape, streams, turn).await?;
         bar.inc(1);
         if turn > 0 {
             runs.push(timelines);
         }
+        if let Some(slow) = slow {
+            let disturbed = slow.begin()?;
+            let timelines = together(target, shape, streams, turn + SLOWED_TURNS).await?;
+            drop(disturbed);
+            bar.inc(1);
+            if turn > 0 {
+                slowed.push(timelines);
+            }
+        }
     }
-    Figures::of(&runs).context("a stream ended without a token")
+    let figures = Figures::of(&runs).context("a stream ended without a token")?;
+    Ok((figures, slow.and_then(|_| Figures::of(&slowed))))
 }
 
 /// One run: all streams at once.
@@ -135,13 +153,16 @@ mod tests {
 
     #[tokio::test]
     async fn counts_every_stream_of_every_run() {
-        let figures = run(&Arc::new(Counting), &shape(), 4, &ProgressBar::hidden()).await.expect("a load");
+        let bar = ProgressBar::hidden();
+        let (figures, slowed) = run(&Arc::new(Counting), &shape(), 4, None, &bar).await.expect("a load");
+        assert_eq!(slowed, None);
         assert_eq!((figures.streams, figures.prompt_tokens, figures.generated_tokens), (4, 8, 3));
     }
 
     #[tokio::test]
     async fn a_stream_that_ends_early_is_an_error() {
-        let error = run(&Arc::new(Short), &shape(), 1, &ProgressBar::hidden()).await.expect_err("too short");
+        let error =
+            run(&Arc::new(Short), &shape(), 1, None, &ProgressBar::hidden()).await.expect_err("too short");
         assert_eq!(error.to_string(), "a stream ended after 1 of 3 tokens");
     }
 

@@ -1,7 +1,7 @@
 //! The dispatcher's links: one per shard of the placement in force, with what is believed of each.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -10,7 +10,7 @@ use cadre_types::{ClusterView, LayerId, LogicalExpert, MemberState, PlacementEpo
 use super::{mailbox::Mailbox, step::InFlight};
 use crate::{
     frame::{DispatchFrame, LinkError},
-    health::{Failure, HealthPolicy, ShardHealth},
+    health::{Failure, HealthPolicy, Peers, Sample, ShardHealth},
     stats::{DispatchStats, ShardStats, add},
     transport::{Connect, DispatchTransport, Reply},
 };
@@ -36,8 +36,8 @@ pub(super) struct Links {
     links: Vec<Option<Link>>,
     health: Vec<ShardHealth>,
     shard_stats: Vec<Arc<ShardStats>>,
-    /// Probes that are out: at most one per shard.
-    probes: Vec<(u64, ShardIndex)>,
+    /// Probes that are out, and since when: at most one per shard.
+    probes: Vec<(u64, ShardIndex, Instant)>,
 }
 
 impl Links {
@@ -178,7 +178,9 @@ impl Links {
     pub(super) fn publish(&self) {
         for (shard, stats) in self.shard_stats.iter().enumerate() {
             let usable = u64::from(self.usable(shard));
-            stats.usable.store(usable, std::sync::atomic::Ordering::Relaxed);
+            stats.usable.store(usable, Ordering::Relaxed);
+            let avoided = self.health.get(shard).is_some_and(|known| known.admitted() && !known.preferred());
+            stats.avoided.store(u64::from(avoided), Ordering::Relaxed);
         }
     }
 
@@ -195,10 +197,10 @@ impl Links {
         self.health_mut(frame.shard).settled(tokens);
     }
 
-    pub(super) fn computed(&mut self, shard: ShardIndex, now: Instant, took: Duration, queued: u32) {
+    pub(super) fn computed(&mut self, shard: ShardIndex, now: Instant, sample: Sample) {
         let policy = self.policy;
         let was_admitted = self.health_mut(shard).admitted();
-        self.health_mut(shard).computed(&policy, now, took, queued);
+        self.health_mut(shard).computed(&policy, now, sample);
         if !was_admitted {
             tracing::info!(%shard, "shard is back: it answered a frame that had been given up");
             self.publish();
@@ -207,18 +209,43 @@ impl Links {
 
     pub(super) fn failed(&mut self, shard: ShardIndex, failure: Failure, now: Instant, what: &str) {
         let policy = self.policy;
-        let ejected = self.health_mut(shard).failed(&policy, now, failure);
+        let changed = self.health_mut(shard).failed(&policy, now, failure);
         let stats = self.stats(shard);
         add(&stats.failures[failure.index()], 1);
-        if ejected {
-            tracing::warn!(%shard, failure = failure.name(), what, "shard taken out");
+        if changed {
+            if failure == Failure::Slow {
+                tracing::warn!(%shard, what, "shard is slow: others are asked where they can");
+            } else {
+                tracing::warn!(%shard, failure = failure.name(), what, "shard taken out");
+            }
             add(&stats.ejections, 1);
             self.publish();
         }
     }
 
-    pub(super) fn any_ejected(&self) -> bool {
-        !self.health.iter().all(ShardHealth::admitted)
+    /// What shards are like, for judging the frames of one exchange.
+    pub(super) fn peers(&self) -> Option<Peers> {
+        Peers::of(&self.health)
+    }
+
+    /// After how long a frame is slow that was just counted as sent to this shard.
+    pub(super) fn slow_after(&self, peers: &Peers, shard: ShardIndex, now: Instant) -> Duration {
+        let load = self.health.get(shard.index()).map_or(0, |health| health.load(&self.policy, now));
+        peers.slow_after(&self.policy, load)
+    }
+
+    /// Whether another shard that is like others has a copy and may be asked.
+    pub(super) fn has_other(&self, layer: LayerId, expert: LogicalExpert, than: ShardIndex) -> bool {
+        let placement = self.view.as_ref().map(|view| &view.placement);
+        let replicas = placement.map_or(&[][..], |placement| placement.replicas(layer, expert));
+        replicas.iter().map(|replica| replica.shard).any(|shard| {
+            shard != than && self.usable(shard.index()) && self.health[shard.index()].preferred()
+        })
+    }
+
+    /// Whether a shard waits for probes.
+    pub(super) fn any_to_probe(&self) -> bool {
+        !self.health.iter().all(ShardHealth::preferred)
     }
 
     /// Shards whose probe is due; each is now being probed.
@@ -233,20 +260,24 @@ impl Links {
         due
     }
 
-    pub(super) fn probing(&mut self, sequence: u64, shard: ShardIndex) {
-        self.probes.retain(|(_, probed)| *probed != shard);
-        self.probes.push((sequence, shard));
+    pub(super) fn probing(&mut self, sequence: u64, shard: ShardIndex, now: Instant) {
+        self.probes.retain(|(_, probed, _)| *probed != shard);
+        self.probes.push((sequence, shard, now));
     }
 
-    pub(super) fn take_probe(&mut self, sequence: u64) -> Option<ShardIndex> {
-        let at = self.probes.iter().position(|(probe, _)| *probe == sequence)?;
-        Some(self.probes.swap_remove(at).1)
+    /// The shard that a probe was for, and when it was sent.
+    pub(super) fn take_probe(&mut self, sequence: u64) -> Option<(ShardIndex, Instant)> {
+        let at = self.probes.iter().position(|(probe, ..)| *probe == sequence)?;
+        let (_, shard, sent) = self.probes.swap_remove(at);
+        Some((shard, sent))
     }
 
-    pub(super) fn probed(&mut self, shard: ShardIndex, now: Instant, passed: bool) {
+    pub(super) fn probed(&mut self, shard: ShardIndex, sent: Instant, now: Instant, passed: bool) {
         let policy = self.policy;
-        if self.health_mut(shard).probed(&policy, now, passed) {
-            tracing::info!(%shard, "shard is back: it answered a probe");
+        let bound = self.peers().map(|peers| self.slow_after(&peers, shard, now));
+        let in_time = bound.is_none_or(|bound| now.saturating_duration_since(sent) < bound);
+        if self.health_mut(shard).probed(&policy, now, passed, in_time) {
+            tracing::info!(%shard, "shard is back: it answered its probes");
             self.publish();
         }
     }
@@ -271,6 +302,7 @@ impl Links {
             return format!("{shard} at {at} is not ready");
         }
         match self.health[shard.index()].next_probe() {
+            Some(_) if self.health[shard.index()].admitted() => format!("{shard} at {at} is slow but usable"),
             Some(next) => {
                 let wait = next.saturating_duration_since(now).as_millis();
                 format!("{shard} at {at} is taken out, next probe in {wait} ms")

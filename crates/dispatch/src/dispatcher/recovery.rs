@@ -1,6 +1,6 @@
 //! Answers, failures and what follows from them: eject, plan again, strand, rescue, give up.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cadre_ops::ExchangeError;
 use cadre_types::{Generation, LayerId, ShardIndex};
@@ -11,18 +11,18 @@ use super::{
 };
 use crate::{
     frame::{Answer, CombineFrame, LinkError, RefusalCode},
-    health::Failure,
+    health::{Failure, Sample},
     plan::Pair,
     stats::add,
 };
 
 impl Dispatcher {
     pub(super) fn handle_answer(&mut self, sequence: u64, answer: Answer, at: Instant) {
-        if let Some(shard) = self.links.take_probe(sequence) {
+        if let Some((shard, sent)) = self.links.take_probe(sequence) {
             if let Err(error) = &answer {
                 tracing::debug!(%shard, %error, "probe failed");
             }
-            self.links.probed(shard, at, answer.is_ok());
+            self.links.probed(shard, sent, at, answer.is_ok());
             return;
         }
         let Some(index) = self.steps.iter().position(|step| step.has_frame(sequence)) else {
@@ -67,10 +67,26 @@ impl Dispatcher {
             return;
         }
         self.links.release(frame);
-        let round_trip = at.saturating_duration_since(frame.sent);
+        let (sent, slow_after, tokens) = (frame.sent, frame.slow_after, frame.targets.len());
+        let round_trip = at.saturating_duration_since(sent);
         let waited = frame.progress == Progress::Waiting;
         let signals = combined.signals;
-        self.links.computed(shard, at, round_trip, signals.queued_tokens);
+        let sample = Sample {
+            round_trip,
+            queue: Duration::from_micros(signals.queue_micros.into()),
+            compute: Duration::from_micros(signals.compute_micros.into()),
+            tokens,
+            queued: signals.queued_tokens,
+        };
+        self.links.computed(shard, at, sample);
+        // Nobody else could be asked, or it came just before somebody would have been.
+        let since = step.waiting_since(sent).filter(|_| waited);
+        if let Some((since, after)) = since.zip(slow_after)
+            && at.saturating_duration_since(since) >= after
+        {
+            let what = format!("an answer of {tokens} rows took {} ms", round_trip.as_millis());
+            self.links.failed(shard, Failure::Slow, at, &what);
+        }
         let stats = &self.shared.stats;
         stats.round_trip.observe(round_trip);
         add(&stats.bytes_in, found);
@@ -101,7 +117,7 @@ impl Dispatcher {
         self.links.release(frame);
         self.links.failed(frame.shard, failure, now, &what);
         // A hung or unlisted shard may still answer, and the answer would be right; a failed frame is over.
-        let may_answer = matches!(failure, Failure::TimedOut | Failure::Expired);
+        let may_answer = matches!(failure, Failure::TimedOut | Failure::Expired | Failure::Slow);
         frame.progress = if may_answer { Progress::Late } else { Progress::Failed };
         if !was_waiting {
             // Its pairs were planned again when it was given up.
@@ -137,6 +153,23 @@ impl Dispatcher {
         }
     }
 
+    /// Asks others for what a slow shard owes, if they have all of it; and avoids it from now on. Every shard can
+    /// be left once before it has to prove itself, so this ends.
+    pub(super) fn leave_slow(&mut self, step: &mut Step, now: Instant) {
+        for sequence in step.slow_frames(now) {
+            let Some(frame) = step.frame_mut(sequence) else { continue };
+            let (shard, after) = (frame.shard, frame.slow_after.take().unwrap_or_default());
+            let (frame, targets) = (frame.frame.clone(), frame.targets.clone());
+            let what = format!("no answer within {} ms, many times what others take", after.as_millis());
+            let elsewhere = step.pairs_of(&frame, &targets);
+            if elsewhere.iter().all(|pair| self.links.has_other(step.layer, pair.expert, shard)) {
+                self.fail_frame(step, sequence, Failure::Slow, what, now);
+            } else {
+                self.links.failed(shard, Failure::Slow, now, &what);
+            }
+        }
+    }
+
     /// Plans stranded pairs again if a copy has come back.
     pub(super) fn rescue(&mut self, step: &mut Step) {
         if step.stranded.is_empty() {
@@ -162,7 +195,8 @@ impl Dispatcher {
         let answer = step.oldest_waiting().map(|sent| sent + self.config.frame_timeout);
         let uncovered = step.failing_since().map(|since| since + self.config.uncovered_wait);
         let probe = if step.stranded.is_empty() { None } else { self.links.next_probe() };
-        let earliest = [answer, uncovered.filter(|at| *at > now), probe].into_iter().flatten().min();
+        let slow = step.next_slow().filter(|at| *at > now);
+        let earliest = [answer, uncovered.filter(|at| *at > now), probe, slow].into_iter().flatten().min();
         earliest.unwrap_or(now + self.config.frame_timeout)
     }
 

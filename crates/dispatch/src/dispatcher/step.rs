@@ -1,6 +1,9 @@
 //! One exchange under way: its frames, its stranded pairs and the rows that have arrived.
 
-use std::{collections::HashMap, time::Instant};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use cadre_ops::{DispatchBatch, ExchangeError, ExchangeTicket, ExpertRows, HostRows, RowFormat};
@@ -33,13 +36,19 @@ pub(super) struct InFlight {
     /// Tokens that count as outstanding on the shard: all, and none once answered or given up.
     pub(super) outstanding: usize,
     pub(super) sent: Instant,
+    /// After how long without an answer the shard is slow; `None` if that cannot be said, or was said.
+    pub(super) slow_after: Option<Duration>,
     pub(super) progress: Progress,
 }
 
 impl InFlight {
     pub(super) fn new(shard: ShardIndex, frame: DispatchFrame, targets: Vec<u32>, sent: Instant) -> Self {
         let outstanding = targets.len();
-        Self { shard, frame, targets, outstanding, sent, progress: Progress::Waiting }
+        Self { shard, frame, targets, outstanding, sent, slow_after: None, progress: Progress::Waiting }
+    }
+
+    pub(super) fn is_waiting(&self) -> bool {
+        self.progress == Progress::Waiting
     }
 }
 
@@ -95,6 +104,8 @@ pub(super) struct Step {
     pub(super) fatal: Option<ExchangeError>,
     pub(super) last_failure: String,
     first_failure: Option<Instant>,
+    /// Since when its owner waits for answers: before that, nobody may have looked at the sockets.
+    awaited: Option<Instant>,
     arrived: Vec<Arrived>,
 }
 
@@ -111,6 +122,7 @@ impl Step {
             fatal: None,
             last_failure: String::new(),
             first_failure: None,
+            awaited: None,
             arrived: Vec::new(),
         }
     }
@@ -125,6 +137,46 @@ impl Step {
 
     pub(super) fn frame_mut(&mut self, sequence: u64) -> Option<&mut InFlight> {
         self.find(sequence).map(|at| &mut self.frames[at])
+    }
+
+    /// Its owner begins to wait.
+    pub(super) fn await_answers(&mut self, now: Instant) {
+        self.awaited.get_or_insert(now);
+    }
+
+    /// From when the wait for a frame that was sent then counts: an answer that came while its owner was busy
+    /// elsewhere was not late. `None` while nobody waits.
+    pub(super) fn waiting_since(&self, sent: Instant) -> Option<Instant> {
+        self.awaited.map(|awaited| awaited.max(sent))
+    }
+
+    /// When the next unanswered frame becomes slow.
+    pub(super) fn next_slow(&self) -> Option<Instant> {
+        let waiting = self.frames.iter().filter(|frame| frame.is_waiting());
+        waiting.filter_map(|frame| Some(self.waiting_since(frame.sent)? + frame.slow_after?)).min()
+    }
+
+    /// Unanswered frames that are slow while most of the other shards' frames have been answered: when all are
+    /// late, it is not this shard that is slow.
+    pub(super) fn slow_frames(&self, now: Instant) -> Vec<u64> {
+        let is_slow = |frame: &InFlight| {
+            let due =
+                self.waiting_since(frame.sent).zip(frame.slow_after).map(|(since, after)| since + after);
+            due.is_some_and(|due| due <= now)
+        };
+        let slow = self.waiting(is_slow);
+        if slow.is_empty() {
+            return slow;
+        }
+        let shards = |wanted: &dyn Fn(&InFlight) -> bool| {
+            let mut shards: Vec<ShardIndex> =
+                self.frames.iter().filter(|frame| wanted(frame)).map(|frame| frame.shard).collect();
+            shards.sort_unstable();
+            shards.dedup();
+            shards.len()
+        };
+        let (asked, silent) = (shards(&|_| true), shards(&InFlight::is_waiting));
+        if silent <= (asked / 2).max(1) { slow } else { Vec::new() }
     }
 
     /// Notes that a frame failed.

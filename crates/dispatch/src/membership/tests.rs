@@ -195,6 +195,29 @@ async fn the_first_report_of_each_stream_carries_the_applied_placement() {
 }
 
 #[tokio::test]
+async fn digests_are_told_when_they_change_and_first_thing_on_each_stream() {
+    let mut server = serve("127.0.0.1:0", false).await;
+    let membership = join_as_shard(server.address, NEVER);
+    let mut session = server.sessions.recv().await.unwrap();
+    let told = |report: v1::Report| (report.expert_digests, report.weights_digest);
+    assert_eq!(told(session.report().await), (vec![], 0));
+    let digests = vec![v1::LayerDigests { layer: 3, experts: vec![0, 5], digests: vec![7, 9] }];
+    membership.set_expert_digests(digests.clone());
+    assert_eq!(told(session.report().await), (digests.clone(), 0));
+    membership.set_state(MemberState::Ready);
+    assert_eq!(told(session.report().await), (vec![], 0), "they are known");
+    membership.set_weights_digest(4);
+    assert_eq!(session.report().await.weights_digest, 4);
+
+    server.task.abort();
+    drop(session);
+    assert!((&mut server.task).await.unwrap_err().is_cancelled());
+    let mut second = serve(&server.address.to_string(), false).await;
+    let first = second.sessions.recv().await.unwrap().report().await;
+    assert_eq!(told(first), (digests, 4), "another coordinator knows nothing");
+}
+
+#[tokio::test]
 async fn views_of_other_weights_and_broken_views_are_not_published() {
     let mut server = serve("127.0.0.1:0", false).await;
     let membership = join_as_shard(server.address, NEVER);

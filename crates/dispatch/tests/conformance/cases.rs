@@ -11,7 +11,7 @@ use cadre_ops::{ExchangeError, ExchangeTicket, ExpertExchange, ExpertRows};
 use cadre_types::{MemberState, ModelHash, NumericsClass, PlacementEpoch, ShardIndex};
 
 use super::{
-    cluster::{Batch, Cluster, LAYER, SPLIT, TWO_COPIES, patient, placement, quick},
+    cluster::{Batch, Cluster, LAYER, SPLIT, TWO_COPIES, impatient, patient, placement, quick},
     rig::Rig,
     scripted::{Mode, PATIENCE},
 };
@@ -134,6 +134,55 @@ pub(crate) fn a_hung_shard_is_left_within_the_bound<R: Rig>() {
         Batch::f32(16).run(&mut dispatcher);
     }
     assert_eq!(cluster.shards[0].frames(), asked);
+}
+
+fn avoided(stats: &DispatchStats, shard: u16) -> bool {
+    stats.shard(ShardIndex(shard)).avoided.load(Ordering::Relaxed) == 1
+}
+
+pub(crate) fn a_slow_shard_is_left_and_then_avoided_until_it_is_quick_again<R: Rig>() {
+    let cluster = two_copies::<R>();
+    let mut dispatcher = cluster.dispatcher(impatient());
+    let stats = dispatcher.handle().stats();
+    let (batch, ticket) = held_by_shard_0(&cluster, &mut dispatcher);
+    // No frame times out within two minutes: only leaving the slow shard brings the rows sooner.
+    let start = Instant::now();
+    batch.receive(&mut dispatcher, ticket);
+    assert!(start.elapsed() < PATIENCE);
+    assert!(avoided(&stats, 0) && !avoided(&stats, 1));
+    let asked = cluster.shards[0].frames();
+    for _ in 0..5 {
+        batch.run(&mut dispatcher);
+    }
+    assert_eq!(cluster.shards[0].frames(), asked, "the other one has everything");
+    // Wrong rows: had anyone used them, the comparison would fail.
+    cluster.shards[0].release(|rows| rows.fill(0xEE));
+    until("the shard computes again", || {
+        batch.run(&mut dispatcher);
+        cluster.shards[0].frames() > asked
+    });
+    assert!(!avoided(&stats, 0), "it came back by its probes");
+}
+
+pub(crate) fn a_slow_shard_that_has_the_only_copy_is_waited_for<R: Rig>() {
+    let cluster = split::<R>();
+    let mut dispatcher = cluster.dispatcher(impatient());
+    let stats = dispatcher.handle().stats();
+    let batch = Batch::f32(8);
+    batch.run(&mut dispatcher);
+    let asked = cluster.shards[0].frames();
+    cluster.shards[0].set(Mode::Hold);
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| batch.run(&mut dispatcher));
+        cluster.shards[0].wait_held(1);
+        until("the shard is slow", || avoided(&stats, 0));
+        cluster.shards[0].release(|_| {});
+        waiting.join().unwrap();
+    });
+    assert_eq!(cluster.shards[0].frames(), asked + 1);
+    assert_eq!(stats.retried_pairs.load(Ordering::Relaxed), 0);
+    batch.run(&mut dispatcher);
+    assert_eq!(cluster.shards[0].frames(), asked + 2, "slow, but nobody else has it");
 }
 
 pub(crate) fn wrong_answers_and_dropped_frames_go_to_the_other_copy<R: Rig>() {

@@ -103,6 +103,15 @@ pub(crate) fn patient() -> DispatchConfig {
         ..DispatchConfig::default()
     };
     config.health.probe_timeout = Duration::from_secs(120);
+    config.health.slow_floor = Duration::from_secs(120);
+    config
+}
+
+/// A shard that answers within the bounds of `patient` is left as slow after 200 ms or its usual time.
+pub(crate) fn impatient() -> DispatchConfig {
+    let mut config = patient();
+    config.health.slow_floor = Duration::from_millis(200);
+    config.health.slow_factor = 1;
     config
 }
 

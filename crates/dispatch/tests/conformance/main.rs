@@ -29,6 +29,8 @@ conformance! {
     copies_share_the_work,
     retryable_refusals_go_to_the_other_copy,
     a_hung_shard_is_left_within_the_bound,
+    a_slow_shard_is_left_and_then_avoided_until_it_is_quick_again,
+    a_slow_shard_that_has_the_only_copy_is_waited_for,
     wrong_answers_and_dropped_frames_go_to_the_other_copy,
     a_broken_link_is_noticed_at_once,
     an_unlisted_shard_is_left_at_once,

@@ -1900,6 +1900,29 @@ pub struct Report {
     /// takes over. Absent before the first placement and in later reports.
     #[prost(message, optional, tag = "8")]
     pub applied_placement: ::core::option::Option<Placement>,
+    /// Shards: digests of the bytes of every expert they hold, as they were read from the checkpoint's files.
+    /// In the first report of a stream, and in the first after what is held has changed, of everything held;
+    /// empty otherwise, which says nothing. One (layer, expert) has one digest in a cluster: a member that
+    /// reports another is refused (FAILED_PRECONDITION).
+    #[prost(message, repeated, tag = "10")]
+    pub expert_digests: ::prost::alloc::vec::Vec<LayerDigests>,
+    /// Workers: digest of the bytes of the weights that they have read (all but the routed experts), the same
+    /// in every worker; 0 before they are loaded.
+    #[prost(fixed64, tag = "11")]
+    pub weights_digest: u64,
+}
+/// XXH3-64 over an expert's gate, up and down matrices, each followed by its scales if it has any, in the
+/// checkpoint's own bytes.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LayerDigests {
+    #[prost(uint32, tag = "1")]
+    pub layer: u32,
+    /// Logical experts, ascending.
+    #[prost(uint32, repeated, tag = "2")]
+    pub experts: ::prost::alloc::vec::Vec<u32>,
+    /// One for each of `experts`.
+    #[prost(fixed64, repeated, tag = "3")]
+    pub digests: ::prost::alloc::vec::Vec<u64>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WorkerLoad {

@@ -9,7 +9,7 @@ use cadre_types::{LayerPlacement, LogicalExpert, ModelHash, NumericsClass};
 use proptest::prelude::*;
 
 use super::*;
-use crate::{queue::Job, self_test::OneAnswer};
+use crate::{queue::Job, self_test::OneAnswer, source::Loaded};
 
 const HIDDEN: usize = 130;
 const INNER: usize = 7;
@@ -42,7 +42,7 @@ impl ExpertSource<ReferenceBackend> for Weights {
         Ok(10)
     }
 
-    fn load(&self, key: ExpertKey) -> Result<Ffn<<ReferenceBackend as Backend>::Weight>, SourceError> {
+    fn load(&self, key: ExpertKey) -> Result<Loaded<<ReferenceBackend as Backend>::Weight>, SourceError> {
         if self.missing == Some(key) {
             return Err("no such tensor".into());
         }
@@ -53,7 +53,8 @@ impl ExpertSource<ReferenceBackend> for Weights {
         let down = self.matrix(HIDDEN, INNER, salt + 13);
         let wide = |data| HostMatrix { rows: INNER, cols: HIDDEN, data: MatrixData::F32(data) };
         let tall = HostMatrix { rows: HIDDEN, cols: INNER, data: MatrixData::F32(&down) };
-        Ok(self.backend.load_ffn(wide(&gate), wide(&up), tall)?)
+        let ffn = self.backend.load_ffn(wide(&gate), wide(&up), tall)?;
+        Ok(Loaded { ffn, digest: salt as u64 })
     }
 }
 

@@ -40,6 +40,7 @@ impl Load {
         let mut progress = |progress| note(&report, &metrics, progress, &mut told);
         let model = Model::load(backend, &checkpoint, &LoadOptions { mtp: false }, &mut progress)
             .with_context(|| format!("load {}", checkpoint.dir().display()))?;
+        report.weights_digest.store(model.weights_digest(), Ordering::Relaxed);
         tracing::info!(seconds = began.elapsed().as_secs_f64(), "weights loaded");
         let (handoff_timeout, handoff_begin_timeout) = timeouts;
         let exchange = Box::new(OverIo { dispatcher, _io: io });

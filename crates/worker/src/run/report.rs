@@ -21,6 +21,8 @@ use crate::{metrics::WorkerMetrics, options::WorkerOptions};
 pub(super) struct Report {
     pub(super) bytes_read: AtomicU64,
     pub(super) bytes_expected: AtomicU64,
+    /// Of the weights, once they are loaded.
+    pub(super) weights_digest: AtomicU64,
     pub(super) engine: OnceLock<EngineHandle>,
     pub(super) expert_load: Mutex<Option<ExpertLoadWindow>>,
 }
