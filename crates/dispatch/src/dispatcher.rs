@@ -32,7 +32,7 @@ use crossbeam_channel::Receiver;
 use tokio::sync::watch;
 
 use crate::{
-    frame::DispatchFrame,
+    frame::{DispatchFrame, frame_of_ones},
     health::{ChoiceRng, HealthPolicy, choose},
     plan::{FrameLimits, Pair, Plan, PlannedFrame, Planner, gather},
     stats::{DispatchStats, add},
@@ -160,6 +160,8 @@ pub struct Dispatcher {
     rng: ChoiceRng,
     /// Gathered frames are split off this; it takes its memory back when they are gone.
     buffer: BytesMut,
+    /// Width of the rows, once one has been seen.
+    hidden: usize,
     next_sequence: u64,
     next_ticket: u64,
     steps: VecDeque<Step>,
@@ -202,6 +204,7 @@ impl Dispatcher {
             pairs: Vec::new(),
             rng: ChoiceRng::new(seed),
             buffer: BytesMut::new(),
+            hidden: 0,
             next_sequence: 1,
             next_ticket: 0,
             steps: VecDeque::new(),
@@ -266,17 +269,14 @@ impl Dispatcher {
         let Some(layer) = view.placement.layers().first().map(|placed| placed.layer) else { return };
         for shard in self.links.take_due_probes(now) {
             let sequence = self.next_sequence();
-            let frame = DispatchFrame {
-                sequence,
-                generation: Generation { epoch: view.placement.epoch(), ..self.shared.weights },
-                layer,
-                tokens: 0,
-                format: RowFormat::dispatch(self.shared.weights.numerics),
-                data: bytes::Bytes::new(),
-                scales: bytes::Bytes::new(),
-                pair_tokens: Vec::new(),
-                pair_slots: Vec::new(),
+            let generation = Generation { epoch: view.placement.epoch(), ..self.shared.weights };
+            // Empty, so that it costs nothing; but rows that were not finite are only disproven by finite ones.
+            let (layer, hidden, slots) = match self.links.suspected(shard) {
+                Some((layer, slot)) => (layer, self.hidden, vec![slot]),
+                None => (layer, 0, Vec::new()),
             };
+            let mut frame = frame_of_ones(generation, layer, hidden, slots);
+            (frame.sequence, frame.tokens) = (sequence, usize::from(hidden > 0));
             self.links.probing(sequence, shard, now);
             add(&self.shared.stats.probes, 1);
             self.links.send(shard, frame, Reply::new(self.shared.mailbox.clone(), sequence));
@@ -484,6 +484,7 @@ impl Dispatcher {
         }
         self.catch_up();
         self.validate(batch)?;
+        self.hidden = batch.activations.cols;
         self.shared.stats.count_experts(batch.layer, batch.topk_idx);
         while self.steps.len() >= MAX_OPEN_STEPS {
             if let Some(abandoned) = self.steps.pop_front() {

@@ -52,6 +52,53 @@ impl DispatchFrame {
     }
 }
 
+/// The row of ones that proves slots: every shard computes finite rows of it, or its weights are broken.
+pub fn frame_of_ones(
+    generation: Generation,
+    layer: LayerId,
+    hidden: usize,
+    slots: Vec<u32>,
+) -> DispatchFrame {
+    let format = RowFormat::dispatch(generation.numerics);
+    let one: &[u8] = match format {
+        RowFormat::F32 => &[0x00, 0x00, 0x80, 0x3F],
+        RowFormat::Bf16 => &[0x80, 0x3F],
+        RowFormat::E4m3 => &[0x38],
+    };
+    DispatchFrame {
+        sequence: 0,
+        generation,
+        layer,
+        tokens: 1,
+        format,
+        data: one.repeat(hidden).into(),
+        scales: 1.0_f32.to_le_bytes().repeat(format.row_scales(hidden)).into(),
+        pair_tokens: vec![0; slots.len()],
+        pair_slots: slots,
+    }
+}
+
+/// Index of the first element that is not finite: its exponent is all ones (e4m3fn: all bits but the sign). Reads
+/// whole blocks without a branch, so that it costs less than the copy that follows.
+pub fn first_not_finite(format: RowFormat, rows: &[u8]) -> Option<usize> {
+    /// Elements of a block: few kilobytes, so that a hit is looked for in the nearest cache.
+    const BLOCK: usize = 1024;
+    fn find<const N: usize>(rows: &[u8], is_bad: impl Fn(&[u8; N]) -> bool) -> Option<usize> {
+        let (elements, _) = rows.as_chunks::<N>();
+        let any_bad = |block: &[[u8; N]]| block.iter().fold(false, |bad, element| bad | is_bad(element));
+        let block = elements.chunks(BLOCK).position(any_bad)?;
+        let within = elements[block * BLOCK..].iter().position(is_bad)?;
+        Some(block * BLOCK + within)
+    }
+    match format {
+        RowFormat::F32 => {
+            find::<4>(rows, |element| u32::from_le_bytes(*element) & 0x7F80_0000 == 0x7F80_0000)
+        }
+        RowFormat::Bf16 => find::<2>(rows, |element| u16::from_le_bytes(*element) & 0x7F80 == 0x7F80),
+        RowFormat::E4m3 => find::<1>(rows, |element| element[0] & 0x7F == 0x7F),
+    }
+}
+
 /// Expert outputs for one frame.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CombineFrame {

@@ -94,12 +94,21 @@ pub enum Failure {
     Expired,
     /// Many times slower than its peers.
     Slow,
+    /// Rows that are not finite, of a finite row.
+    NotFinite,
 }
 
 impl Failure {
     /// Every kind, in the order of [`Failure::index`].
-    pub const ALL: [Self; 6] =
-        [Self::Unreachable, Self::TimedOut, Self::Refused, Self::BadAnswer, Self::Expired, Self::Slow];
+    pub const ALL: [Self; 7] = [
+        Self::Unreachable,
+        Self::TimedOut,
+        Self::Refused,
+        Self::BadAnswer,
+        Self::Expired,
+        Self::Slow,
+        Self::NotFinite,
+    ];
 
     /// Position in [`Failure::ALL`].
     pub fn index(self) -> usize {
@@ -115,6 +124,7 @@ impl Failure {
             Self::BadAnswer => "bad_answer",
             Self::Expired => "expired",
             Self::Slow => "slow",
+            Self::NotFinite => "not_finite",
         }
     }
 }
@@ -207,9 +217,11 @@ impl ShardHealth {
             Failure::Slow => return self.slow(policy, now),
             Failure::TimedOut => policy.first_probe_after_hang,
             // Link-up events bring the probe forward; a listed-no-more shard may well be alive.
-            Failure::Unreachable | Failure::Refused | Failure::BadAnswer | Failure::Expired => {
-                policy.first_probe
-            }
+            Failure::Unreachable
+            | Failure::Refused
+            | Failure::BadAnswer
+            | Failure::Expired
+            | Failure::NotFinite => policy.first_probe,
         };
         let was_admitted = self.admitted();
         if was_admitted {
@@ -237,6 +249,13 @@ impl ShardHealth {
 
     fn slow_delay(&self, policy: &HealthPolicy) -> Duration {
         policy.slow_probe.saturating_mul(1 << self.slow_streak.min(16)).min(policy.max_slow_probe)
+    }
+
+    /// It was taken out for nothing it did.
+    pub fn absolve(&mut self) {
+        if !self.admitted() {
+            self.standing = Standing::Admitted;
+        }
     }
 
     /// The link came up: probe now.

@@ -12,7 +12,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use cadre_proto::v1;
+use cadre_proto::{
+    connection::{ConnectionEnd, with_causes},
+    v1,
+};
 use cadre_types::{ClusterView, Generation, Member, MemberState, Placement, PlacementEpoch};
 use tokio::{
     sync::{mpsc, watch},
@@ -315,7 +318,7 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
         let lost = |reason: String| Ended::Lost { reason, had_view: false };
         let channel = match endpoint.connect().await {
             Ok(channel) => channel,
-            Err(error) => return lost(tuning::describe(&error)),
+            Err(error) => return lost(with_causes(&error)),
         };
         let (reports, outgoing) = mpsc::channel(PENDING_REPORTS);
         // The coordinator answers the call only after it has seen a report, so the first is queued before.
@@ -424,6 +427,9 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
 }
 
 fn ended(status: &tonic::Status, had_view: bool) -> Ended {
+    if let Some(end) = ConnectionEnd::of_status(status) {
+        return Ended::Lost { reason: format!("{end}: {}", with_causes(status)), had_view };
+    }
     match status.code() {
         Code::FailedPrecondition => Ended::Refused(status.message().to_owned()),
         code => Ended::Lost { reason: format!("{code:?}: {}", status.message()), had_view },

@@ -39,6 +39,16 @@ pub enum SubmitError {
         /// The bound of the command queue.
         bound: usize,
     },
+    /// Too much of what sequences have generated waits to be read: read it, or try elsewhere.
+    #[error("request {request_id}: {bytes} bytes of events wait for their readers, at most {bound}")]
+    Unread {
+        /// The request.
+        request_id: String,
+        /// What waits.
+        bytes: u64,
+        /// The bound.
+        bound: u64,
+    },
     /// The request asks for something impossible.
     #[error("request {request_id}: {problem}")]
     Invalid {

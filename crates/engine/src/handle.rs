@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     error::{EngineError, EngineStartError, HandoffError, SelfTestError, SubmitError},
+    events::{Backlog, EventSink},
     handoff::{HandoffOffer, KV_QUEUE, KvMessage, KvStream, KvWriter},
     request::{EngineEvent, EngineLimits, PrefillPlace, PrefillRequest, SequenceRequest},
     stats::{EngineStats, StepSample},
@@ -36,6 +37,10 @@ const STACK_BYTES: usize = 4 << 20;
 /// Commands that may wait beyond submissions: cancellations and hand-offs that begin. One of each for as
 /// many sequences as a step decodes by default, twice.
 const CONTROL_COMMANDS: usize = 256;
+
+/// Events that may wait for readers before nothing new is taken: a million plain tokens, some thousand whole answers
+/// that nobody reads. What runs already may still add to it, each sequence up to its own `max_tokens`.
+const MAX_UNREAD_BYTES: u64 = 64 << 20;
 
 /// Prompt of a self-test: more than one row, so that a grouped product has something to group.
 const SELF_TEST_PROMPT: u32 = 8;
@@ -53,6 +58,8 @@ pub struct EngineParts<B: Backend> {
     /// A sequence with pages whose prefill worker has not begun after this long is given up. Longer than
     /// the other: the prompt may wait in the prefill worker's queue.
     pub handoff_begin_timeout: Duration,
+    /// While more bytes of events than this wait for readers, nothing new is taken.
+    pub max_unread_bytes: u64,
     /// Called after every step, on the loop's thread.
     pub on_step: Box<dyn FnMut(&StepSample) + Send>,
 }
@@ -66,6 +73,7 @@ impl<B: Backend> EngineParts<B> {
             exchange,
             handoff_timeout: Duration::from_secs(10),
             handoff_begin_timeout: Duration::from_secs(60),
+            max_unread_bytes: MAX_UNREAD_BYTES,
             on_step: Box::new(|_| {}),
         }
     }
@@ -93,6 +101,7 @@ impl Engine {
         let bound = parts.scheduler.max_waiting + CONTROL_COMMANDS;
         let stats = Arc::new(EngineStats::default());
         let stopping = Arc::new(AtomicBool::new(false));
+        let max_unread_bytes = parts.max_unread_bytes;
         let (commands, receiver) = mpsc::channel(bound);
         let (alive, stopped) = watch::channel(());
         let step_loop = StepLoop::new(parts, shape, receiver, Arc::clone(&stats), Arc::clone(&stopping))?;
@@ -112,6 +121,8 @@ impl Engine {
             shape,
             stats,
             in_flight: Arc::default(),
+            backlog: Arc::default(),
+            max_unread_bytes,
             stopped,
         };
         Ok(Self { handle: EngineHandle(Arc::new(inner)), stopping, thread: Some(thread) })
@@ -154,6 +165,8 @@ struct Inner {
     shape: KvShape,
     stats: Arc<EngineStats>,
     in_flight: Arc<AtomicU64>,
+    backlog: Arc<Backlog>,
+    max_unread_bytes: u64,
     stopped: watch::Receiver<()>,
 }
 
@@ -221,7 +234,7 @@ pub(crate) struct Submission {
     pub(crate) stop: StopConditions,
     pub(crate) deadline: Option<std::time::Instant>,
     pub(crate) kind: SubmissionKind,
-    pub(crate) events: mpsc::Sender<EngineEvent>,
+    pub(crate) events: EventSink,
     pub(crate) in_flight: InFlight,
 }
 
@@ -254,6 +267,7 @@ impl EngineHandle {
         let limits = &self.0.limits;
         limits.check_prompt(&request.request_id, &request.prompt, &request.sampling)?;
         limits.check_stop(&request.request_id, &request.stop)?;
+        self.check_backlog(&request.request_id)?;
         let mut stop = request.stop;
         stop.max_tokens = limits.max_tokens(request.prompt.len(), stop.max_tokens);
         let kind = match request.prefill {
@@ -278,6 +292,7 @@ impl EngineHandle {
     /// Submits a prompt to be handed off: its events, and its KV. Dropping either cancels it.
     pub fn submit_prefill(&self, request: PrefillRequest) -> Result<(SequenceStream, KvStream), SubmitError> {
         self.0.limits.check_prompt(&request.request_id, &request.prompt, &request.sampling)?;
+        self.check_backlog(&request.request_id)?;
         // Reserved, one Computed per chunk (a chunk has at least one token), the first token, the end.
         let (events, stream) = self.events(request.prompt.len() + 3);
         let (sink, messages) = mpsc::channel(KV_QUEUE);
@@ -364,9 +379,20 @@ impl EngineHandle {
         while stopped.changed().await.is_ok() {}
     }
 
-    fn events(&self, capacity: usize) -> (mpsc::Sender<EngineEvent>, SequenceStream) {
+    /// Refuses what is new while too much waits to be read.
+    fn check_backlog(&self, request_id: &str) -> Result<(), SubmitError> {
+        let (bytes, bound) = (self.0.backlog.bytes(), self.0.max_unread_bytes);
+        if bytes <= bound {
+            return Ok(());
+        }
+        Err(SubmitError::Unread { request_id: request_id.to_owned(), bytes, bound })
+    }
+
+    fn events(&self, capacity: usize) -> (EventSink, SequenceStream) {
         let (sender, events) = mpsc::channel(capacity);
-        (sender, SequenceStream { events, waker: self.0.waker.clone() })
+        let backlog = Arc::clone(&self.0.backlog);
+        let stream = SequenceStream { events, backlog: Arc::clone(&backlog), waker: self.0.waker.clone() };
+        (EventSink::new(sender, backlog), stream)
     }
 
     fn send(&self, command: Command) -> Result<(), SubmitError> {
@@ -401,33 +427,44 @@ impl Command {
 /// The events of one sequence. Dropping it cancels the sequence and frees its pages.
 ///
 /// The channel behind it holds every event that the sequence can have, so an idle reader costs memory
-/// (bounded by its own `max_tokens`) and delays nobody.
+/// (bounded by its own `max_tokens`, and in sum by refusing new sequences) and delays nobody.
 #[derive(Debug)]
 pub struct SequenceStream {
     events: mpsc::Receiver<EngineEvent>,
+    backlog: Arc<Backlog>,
     waker: Waker,
 }
 
 impl SequenceStream {
     /// The next event; `None` after the last.
     pub async fn recv(&mut self) -> Option<EngineEvent> {
-        self.events.recv().await
+        let event = self.events.recv().await;
+        self.note(event)
     }
 
     /// As [`Self::recv`], for streams written by hand.
     pub fn poll_recv(&mut self, context: &mut Context<'_>) -> Poll<Option<EngineEvent>> {
-        self.events.poll_recv(context)
+        let event = std::task::ready!(self.events.poll_recv(context));
+        Poll::Ready(self.note(event))
     }
 
     /// As [`Self::recv`], for threads without a runtime.
     pub fn blocking_recv(&mut self) -> Option<EngineEvent> {
-        self.events.blocking_recv()
+        let event = self.events.blocking_recv();
+        self.note(event)
+    }
+
+    fn note(&self, event: Option<EngineEvent>) -> Option<EngineEvent> {
+        event.inspect(|event| self.backlog.read(event))
     }
 }
 
 impl Drop for SequenceStream {
     fn drop(&mut self) {
         self.events.close();
+        while let Ok(event) = self.events.try_recv() {
+            self.backlog.read(&event);
+        }
         self.waker.wake();
     }
 }

@@ -20,6 +20,7 @@
 //! Read [`request::SequenceRequest`] first, then [`handle::EngineHandle`], then `step_loop`.
 
 pub mod error;
+mod events;
 pub mod handle;
 pub mod handoff;
 pub mod request;

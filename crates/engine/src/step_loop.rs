@@ -27,6 +27,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     error::{EngineError, EngineStartError, HandoffError},
+    events::EventSink,
     handle::{Begun, Command, EngineParts, InFlight, KvShape, Submission, SubmissionKind},
     handoff::HandoffOffer,
     request::{EngineEvent, GeneratedToken},
@@ -71,7 +72,7 @@ struct Entry {
     request_id: String,
     sampling: SamplingParams,
     stop: StopConditions,
-    events: mpsc::Sender<EngineEvent>,
+    events: EventSink,
     part: Part,
     _in_flight: InFlight,
 }
@@ -231,10 +232,10 @@ impl<B: Backend> StepLoop<B> {
         }
     }
 
-    fn refuse(&self, events: &mpsc::Sender<EngineEvent>, error: EngineError) {
+    fn refuse(&self, events: &EventSink, error: EngineError) {
         self.stats.end(FinishReason::Error);
         // A receiver that is gone does not want to know.
-        let _ = events.try_send(EngineEvent::Failed(error));
+        events.send(EngineEvent::Failed(error));
     }
 
     fn reserved(&mut self, id: SequenceId) {
@@ -243,7 +244,7 @@ impl<B: Backend> StepLoop<B> {
                 incoming.reserved();
             }
             // If the receiver is gone, the next turn ends the sequence.
-            let _ = entry.events.try_send(EngineEvent::Reserved);
+            entry.events.send(EngineEvent::Reserved);
         }
     }
 
@@ -286,7 +287,7 @@ impl<B: Backend> StepLoop<B> {
             return;
         }
         // If the receiver is gone, the next turn ends the sequence; full it cannot be.
-        let _ = entry.events.try_send(EngineEvent::Token(token));
+        entry.events.send(EngineEvent::Token(token));
         if generated >= max_tokens {
             self.finish(id, FinishReason::Length);
         }
@@ -313,7 +314,7 @@ impl<B: Backend> StepLoop<B> {
             self.by_request.remove(&entry.request_id);
             self.stats.end(reason);
             self.stats.publish(&self.scheduler.stats());
-            let _ = entry.events.try_send(event);
+            entry.events.send(event);
         }
     }
 }

@@ -32,7 +32,7 @@ use cadre_model::ExpertKey;
 use cadre_ops::Backend;
 use cadre_ops_cpu::{CpuBackend, CpuOptions};
 use cadre_proto::v1;
-use cadre_shard::{ApplyError, CheckpointSource, Shard, ShardOptions};
+use cadre_shard::{ApplyError, CheckpointSource, SelfTestError, Shard, ShardOptions};
 use cadre_telemetry::{Metrics, Readiness, admin, axum};
 use cadre_types::{
     ClusterView, Generation, Member, MemberId, MemberState, Placement, PlacementEpoch, Role, ShardIndex,
@@ -216,13 +216,34 @@ impl Expert {
     async fn watch_over(&self) -> Result<()> {
         let mut ticks = tokio::time::interval(REFRESH);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut not_finite = 0;
         loop {
             ticks.tick().await;
             self.metrics.refresh(&self.shard);
             if self.shard.is_dead() {
                 bail!("the compute thread of {} is gone", self.index);
             }
+            let count = self.shard.stats().not_finite.load(Ordering::Relaxed);
+            if std::mem::replace(&mut not_finite, count) != count {
+                self.prove_again().await?;
+            }
         }
+    }
+
+    /// Results were not finite: the activations overflow, or our weights are not what they were when they were
+    /// proven. Then the shard ends, so that it counts as a copy no more, and its next life reads them anew.
+    async fn prove_again(&self) -> Result<()> {
+        for epoch in self.shard.epochs() {
+            let shard = self.shard.clone();
+            let tested =
+                on_thread("cadre-self-test", move || shard.self_test(epoch, SELF_TEST_BOUND)).await?;
+            match tested {
+                // Released meanwhile.
+                Err(SelfTestError::NothingLoaded { .. }) | Ok(()) => {}
+                Err(error) => return Err(error).with_context(|| format!("{} under {epoch}", self.index)),
+            }
+        }
+        Ok(())
     }
 
     /// Holds what each view asks for, one placement after the other.

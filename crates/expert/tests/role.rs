@@ -114,7 +114,7 @@ struct Cluster {
 fn placement(checkpoint: &Checkpoint, epoch: u64, shards: usize) -> Placement {
     let config = checkpoint.config();
     let experts = config.n_routed_experts;
-    let layers = config.moe_layers().map(|layer| {
+    let layers = config.served_moe_layers().map(|layer| {
         let mut slots = vec![Vec::new(); shards];
         for expert in 0..experts {
             slots[expert % shards].push(LogicalExpert(expert as u16));
@@ -205,7 +205,7 @@ impl Cluster {
             let topk_idx: Vec<u16> =
                 (0..tokens).flat_map(|t| (0..top_k).map(move |k| (t + 3 * k) as u16)).collect();
             let (mut all, mut out) = (Vec::new(), ExpertRows::default());
-            for layer in config.moe_layers() {
+            for layer in config.served_moe_layers() {
                 let activations = HostRows {
                     format: RowFormat::Bf16,
                     rows: tokens,

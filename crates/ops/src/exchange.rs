@@ -64,7 +64,7 @@ pub trait ExpertExchange: Send {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ExchangeError {
     /// No live copy within the bound.
-    #[error("{expert} of {layer}: no live copy after {waited_ms} ms, {epoch}: {last_failure}")]
+    #[error("{expert} of {layer}: no live copy after {waited_ms} ms, {epoch}: {causes}")]
     Uncovered {
         /// The layer.
         layer: LayerId,
@@ -74,8 +74,8 @@ pub enum ExchangeError {
         epoch: PlacementEpoch,
         /// How long was waited for one to come back.
         waited_ms: u64,
-        /// The last failure of a shard that holds it.
-        last_failure: String,
+        /// What failed first and last, and the state of each copy.
+        causes: String,
     },
     /// A shard serves other weights or numerics.
     #[error("{layer}: {shard} refused our generation {ours:?}: {message}")]
@@ -95,6 +95,16 @@ pub enum ExchangeError {
         /// The layer.
         layer: LayerId,
         /// What does not fit.
+        message: String,
+    },
+    /// An expert's row is not finite and no shard is to blame: its input was not, or every copy says the same.
+    #[error("{expert} of {layer}: {message}")]
+    NotFinite {
+        /// The layer.
+        layer: LayerId,
+        /// The expert.
+        expert: LogicalExpert,
+        /// What is not finite, and who computed it.
         message: String,
     },
     /// No placement is known yet.

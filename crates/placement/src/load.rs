@@ -70,6 +70,12 @@ impl ExpertLoad {
         Self::new(layers.map(|layer| LayerLoad { layer, tokens: vec![1; num_experts] }).collect())
     }
 
+    /// The load of the other layers.
+    pub fn without(mut self, left_out: impl Fn(LayerId) -> bool) -> Result<Self, LoadError> {
+        self.layers.retain(|load| !left_out(load.layer));
+        Self::new(self.layers)
+    }
+
     /// The layers, ascending; at least one.
     pub fn layers(&self) -> &[LayerLoad] {
         &self.layers

@@ -135,6 +135,25 @@ pub enum RequestError {
         /// It had taken the work before.
         begun: bool,
     },
+    /// Work failed on a worker for want of something that the worker has waited for already: another would wait as
+    /// long once more.
+    #[error("{operation} on worker {worker} failed: {problem}")]
+    Uncovered {
+        /// The worker.
+        worker: MemberId,
+        /// What was asked of it.
+        operation: &'static str,
+        /// Its words, which name the layer and the expert.
+        problem: String,
+    },
+    /// It was tried more than once; what failed first is kept.
+    #[error("{first}; tried again, at last: {last}")]
+    TriedAgain {
+        /// The first cause.
+        first: Box<RequestError>,
+        /// What ended it.
+        last: Box<RequestError>,
+    },
     /// KV did not get from the prefill to the decode worker; neither is known to be at fault.
     #[error("hand-off to worker {worker} failed: {problem}")]
     HandoffFailed {
@@ -183,6 +202,14 @@ impl RequestError {
         Self::Invalid { field: field.into(), problem: problem.into() }
     }
 
+    /// With the first cause of the trouble that this error is the end of.
+    pub(crate) fn after(self, first: Option<Self>) -> Self {
+        match first {
+            Some(first) if first != self => Self::TriedAgain { first: Box::new(first), last: Box::new(self) },
+            _ => self,
+        }
+    }
+
     /// The gRPC code. The only place that chooses one for a request.
     pub fn code(&self) -> Code {
         match self {
@@ -200,8 +227,10 @@ impl RequestError {
             | Self::NoWorker { .. }
             | Self::WorkerFailed { .. }
             | Self::WorkerUnavailable { .. }
+            | Self::Uncovered { .. }
             | Self::HandoffFailed { .. }
             | Self::Stalled { .. } => Code::Unavailable,
+            Self::TriedAgain { last, .. } => last.code(),
             Self::Deadline { .. } | Self::BodyTimeout { .. } => Code::DeadlineExceeded,
             Self::Cancelled => Code::Cancelled,
             Self::Internal { .. } => Code::Internal,
@@ -224,8 +253,10 @@ impl RequestError {
             | Self::NoWorker { .. }
             | Self::WorkerFailed { .. }
             | Self::WorkerUnavailable { .. }
+            | Self::Uncovered { .. }
             | Self::HandoffFailed { .. }
             | Self::Stalled { .. } => 503,
+            Self::TriedAgain { last, .. } => last.http_status(),
             Self::Deadline { .. } => 504,
             // nginx's code for a client that closed; nobody reads it.
             Self::Cancelled => 499,
@@ -240,6 +271,7 @@ impl RequestError {
                 Some(*retry_after_s)
             }
             Self::Draining | Self::NoWorker { .. } | Self::IntakeFull { .. } => Some(1),
+            Self::TriedAgain { last, .. } => last.retry_after_s(),
             _ => None,
         }
     }
@@ -260,6 +292,8 @@ impl RequestError {
             Self::Draining => "draining",
             Self::NoWorker { .. } => "no_worker",
             Self::WorkerFailed { .. } | Self::WorkerUnavailable { .. } => "worker_failed",
+            Self::Uncovered { .. } => "expert_unavailable",
+            Self::TriedAgain { last, .. } => last.openai_code(),
             Self::HandoffFailed { .. } => "handoff_failed",
             Self::Stalled { .. } => "worker_stalled",
             Self::Deadline { .. } => "deadline_exceeded",
@@ -299,8 +333,10 @@ impl RequestError {
             Self::NoWorker { .. } => "no_worker",
             Self::WorkerFailed { .. }
             | Self::WorkerUnavailable { .. }
+            | Self::Uncovered { .. }
             | Self::HandoffFailed { .. }
             | Self::Stalled { .. } => "worker_failed",
+            Self::TriedAgain { last, .. } => last.outcome(),
             Self::Deadline { .. } | Self::BodyTimeout { .. } => "deadline",
             Self::Cancelled => "cancelled",
             Self::Internal { .. } => "internal",

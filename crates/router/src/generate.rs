@@ -14,7 +14,8 @@
 //!
 //! Bounds: waiting for a worker ≤ `reserve_timeout`; reservation ≤ `reserve_timeout`; after its first sign of life, each prefill chunk and each
 //! token ≤ `stall_timeout`; waiting in a worker's queue or for a local prefill ≤ the deadline, with
-//! HTTP/2 keep-alive noticing a worker that is gone; all of it ≤ the deadline.
+//! HTTP/2 keep-alive noticing a worker that is gone; nothing is tried again later than `reserve_timeout` after the first
+//! failing attempt began; all of it ≤ the deadline. An error that ends several attempts has the first cause.
 
 mod prefill;
 mod worker_error;
@@ -158,8 +159,10 @@ struct Job {
     excluded: Vec<MemberId>,
     /// Workers that could not be reached or take nothing new; asked again after a pause.
     avoided: Vec<MemberId>,
-    /// Since when no worker could be reached, and the last one's words.
+    /// Since when no worker could be reached, and the first one's words.
     unreached: Option<(Instant, RequestError)>,
+    /// When the first attempt that failed had begun, and why it failed.
+    failing: Option<(Instant, RequestError)>,
     /// Attempts so far, for their ids.
     attempts: usize,
     failed_attempts: usize,
@@ -186,6 +189,7 @@ impl Job {
             excluded: Vec::new(),
             avoided: Vec::new(),
             unreached: None,
+            failing: None,
             attempts: 0,
             failed_attempts: 0,
             last_token: None,
@@ -197,6 +201,7 @@ impl Job {
     /// Asks decode workers, best first, until one reserves.
     async fn reserve(&mut self) -> RequestResult<Reserved> {
         loop {
+            let began = Instant::now();
             let changed = self.service.pool.changed();
             let candidates = match self.candidates() {
                 Ok(candidates) => candidates,
@@ -210,7 +215,7 @@ impl Job {
             };
             match self.reserve_on(member, candidates.generation.into()).await {
                 Ok(reserved) => return Ok(reserved),
-                Err(error) => self.exclude(error)?,
+                Err(error) => self.exclude(error, began)?,
             }
         }
     }
@@ -220,7 +225,7 @@ impl Job {
         self.service.pool.candidates(self.sequence.total_tokens(), &not_these)
     }
 
-    /// Waits until there may be a worker to ask, within the bound; then fails with the words of the last
+    /// Waits until there may be a worker to ask, within the bound; then fails with the words of the first
     /// worker that could not be reached, or with what is missing.
     async fn wait_for_worker(
         &mut self,
@@ -232,12 +237,10 @@ impl Job {
         let until = clock.deadline.min(*since + self.service.limits.reserve_timeout);
         let now = Instant::now();
         if now >= until {
-            let last = self.unreached.take().map(|(_, last)| last);
-            return Err(if now >= clock.deadline {
-                clock.passed("waiting for a worker")
-            } else {
-                last.unwrap_or(none)
-            });
+            let first = self.failing.take().or(self.unreached.take()).map(|(_, first)| first);
+            let passed = now >= clock.deadline;
+            let last = if passed { clock.passed("waiting for a worker") } else { none };
+            return Err(last.after(first));
         }
         if self.avoided.is_empty() {
             // In vain or not: the caller looks again.
@@ -249,15 +252,23 @@ impl Job {
         Ok(())
     }
 
-    /// After a failure with nothing emitted yet: `Ok` if the request should be tried again, else the
-    /// error. A worker at fault is not asked again for this request.
-    fn exclude(&mut self, error: RequestError) -> RequestResult<()> {
+    /// After the failure of an attempt that has emitted nothing: `Ok` if the request should be tried again, else the
+    /// error, with the first cause of the trouble. A worker at fault is not asked again for this request.
+    ///
+    /// The attempts and waits are bounded in sum, not one by one: nothing is tried again once `reserve_timeout` has
+    /// passed since the first failing attempt began, nor what a worker has waited for in vain already.
+    fn exclude(&mut self, error: RequestError, began: Instant) -> RequestResult<()> {
+        let bound = self.service.limits.reserve_timeout;
         match &error {
             RequestError::WorkerUnavailable { worker, begun, .. } => {
                 self.failed_attempts += usize::from(*begun);
                 self.avoided.push(worker.clone());
-                let since = self.unreached.take().map_or_else(Instant::now, |(since, _)| since);
-                self.unreached = Some((since, error.clone()));
+                // A worker's words say more than that there was none.
+                let first = self
+                    .unreached
+                    .take()
+                    .filter(|(_, first)| !matches!(first, RequestError::NoWorker { .. }));
+                self.unreached = Some(first.unwrap_or_else(|| (Instant::now(), error.clone())));
             }
             // The last prefill worker went between our choice and its turn.
             RequestError::NoWorker { .. } => {}
@@ -266,19 +277,31 @@ impl Job {
             | RequestError::Overloaded { worker, .. } => {
                 self.failed_attempts += 1;
                 self.excluded.push(worker.clone());
-                if self.candidates().is_err() && self.avoided.is_empty() {
-                    return Err(error);
+                let (since, _) = self.failing.get_or_insert_with(|| (began, error.clone()));
+                let over = since.elapsed() >= bound;
+                if over || (self.candidates().is_err() && self.avoided.is_empty()) {
+                    return Err(self.ended_by(error));
                 }
             }
-            RequestError::HandoffFailed { .. } => self.failed_attempts += 1,
-            _ => return Err(error),
+            RequestError::HandoffFailed { .. } => {
+                self.failed_attempts += 1;
+                let (since, _) = self.failing.get_or_insert_with(|| (began, error.clone()));
+                if since.elapsed() >= bound {
+                    return Err(self.ended_by(error));
+                }
+            }
+            _ => return Err(self.ended_by(error)),
         }
         if self.failed_attempts >= MAX_ATTEMPTS {
-            return Err(error);
+            return Err(self.ended_by(error));
         }
         tracing::warn!(request = self.sequence.request_id, %error, "trying again");
         self.service.metrics.reserve_retries.inc();
         Ok(())
+    }
+
+    fn ended_by(&mut self, error: RequestError) -> RequestError {
+        error.after(self.failing.take().or(self.unreached.take()).map(|(_, first)| first))
     }
 
     async fn reserve_on(&mut self, member: &Member, generation: v1::Generation) -> RequestResult<Reserved> {
@@ -383,7 +406,7 @@ impl Job {
                     if began.elapsed() >= self.service.limits.reserve_timeout {
                         self.unreached = None;
                     }
-                    self.exclude(error)?;
+                    self.exclude(error, began)?;
                 }
                 result => return result,
             }

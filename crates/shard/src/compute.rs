@@ -3,7 +3,9 @@
 
 use std::{sync::Arc, time::Instant};
 
-use cadre_dispatch::{CombineFrame, DispatchFrame, Drive, Refusal, RefusalCode, ShardSignals};
+use cadre_dispatch::{
+    CombineFrame, DispatchFrame, Drive, Refusal, RefusalCode, ShardSignals, frame::first_not_finite,
+};
 use cadre_ops::{Backend, HostRows, OpsError, RowFormat, RowGroup, backend::Ffn};
 
 use crate::{
@@ -81,6 +83,9 @@ impl<B: Backend> Compute<B> {
         let started = Instant::now();
         let frames: Vec<&DispatchFrame> = jobs.iter().map(|job| &job.frame).collect();
         let result = self.rows(&frames, &held);
+        if let Ok(rows) = &result {
+            self.look_for_not_finite(&frames, &held, rows);
+        }
         let took = micros(started.elapsed().as_micros());
         add(&self.stats.batches, 1);
         add(&self.stats.compute_micros, took as usize);
@@ -115,6 +120,27 @@ impl<B: Backend> Compute<B> {
                     job.reply.send(Err(Refusal::new(RefusalCode::Internal, message.clone()).into()));
                 }
             }
+        }
+    }
+
+    /// Counts and names results that are not finite although what came was. They are sent all the same: whether it is
+    /// this shard or the activations that overflow, only the worker can tell, by another copy.
+    fn look_for_not_finite(&self, frames: &[&DispatchFrame], held: &Held<B::Weight>, rows: &[Vec<u8>]) {
+        let format = RowFormat::combine(self.backend.class());
+        for (frame, rows) in frames.iter().zip(rows) {
+            let Some(at) = first_not_finite(format, rows) else { continue };
+            let sent = [(frame.format, &frame.data), (RowFormat::F32, &frame.scales)];
+            if sent.iter().any(|(format, sent)| first_not_finite(*format, sent).is_some()) {
+                continue;
+            }
+            let (pair, element) = (at / self.hidden.max(1), at % self.hidden.max(1));
+            let slot = frame.pair_slots[pair];
+            let expert = held.expert_at(frame.layer, slot as usize).map(|expert| expert.0);
+            add(&self.stats.not_finite, 1);
+            tracing::error!(
+                shard = %held.contract.shard, layer = frame.layer.0, slot, expert, element,
+                "a finite row gave one that is not finite"
+            );
         }
     }
 

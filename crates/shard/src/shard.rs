@@ -17,7 +17,7 @@ use std::{
 use cadre_dispatch::{DispatchFrame, Drive, Refusal, RefusalCode, Reply, ShardContract, ShardService};
 use cadre_model::ExpertKey;
 use cadre_ops::{Backend, OpsError, backend::Ffn};
-use cadre_types::{Generation, LayerId, Placement, PlacementEpoch, ShardIndex};
+use cadre_types::{Generation, LayerId, LogicalExpert, Placement, PlacementEpoch, ShardIndex};
 use parking_lot::{Mutex, RwLock};
 
 use crate::{
@@ -76,6 +76,8 @@ pub(crate) struct Held<W> {
     digest: u64,
     /// By position in `contract.slots`, then by slot.
     slots: Vec<Vec<Arc<Ffn<W>>>>,
+    /// Names of the same, for errors.
+    names: Vec<Vec<LogicalExpert>>,
     experts: HashMap<ExpertKey, Arc<Ffn<W>>>,
     /// Of the bytes that each expert was packed from.
     digests: HashMap<ExpertKey, u64>,
@@ -85,13 +87,26 @@ impl<W> Held<W> {
     /// Nothing loaded.
     #[cfg(test)]
     pub(crate) fn empty(contract: ShardContract) -> Self {
-        Self { contract, digest: 0, slots: Vec::new(), experts: HashMap::new(), digests: HashMap::new() }
+        Self {
+            contract,
+            digest: 0,
+            slots: Vec::new(),
+            names: Vec::new(),
+            experts: HashMap::new(),
+            digests: HashMap::new(),
+        }
     }
 
     /// The experts of a layer by slot.
     pub(crate) fn experts(&self, layer: LayerId) -> &[Arc<Ffn<W>>] {
         let at = self.contract.slots.binary_search_by_key(&layer, |(layer, _)| *layer);
         at.map_or(&[], |at| self.slots[at].as_slice())
+    }
+
+    /// Which expert a slot holds.
+    pub(crate) fn expert_at(&self, layer: LayerId, slot: usize) -> Option<LogicalExpert> {
+        let at = self.contract.slots.binary_search_by_key(&layer, |(layer, _)| *layer).ok()?;
+        self.names.get(at)?.get(slot).copied()
     }
 }
 
@@ -470,7 +485,8 @@ impl<B: Backend> Inner<B> {
             hidden: self.options.hidden,
             slots: layers.iter().map(|(layer, keys)| (*layer, keys.len())).collect(),
         };
-        let new = Arc::new(Held { contract, digest: placement.digest(), slots, experts, digests });
+        let names = layers.iter().map(|(_, keys)| keys.iter().map(|key| key.expert).collect()).collect();
+        let new = Arc::new(Held { contract, digest: placement.digest(), slots, names, experts, digests });
         let mut held = self.held.write();
         held.retain(|held| held.contract.generation.epoch != epoch);
         let at = held.partition_point(|held| held.contract.generation.epoch < epoch);

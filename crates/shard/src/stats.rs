@@ -30,6 +30,8 @@ pub struct ShardStats {
     pub queue_micros: AtomicU64,
     /// Microseconds of computing.
     pub compute_micros: AtomicU64,
+    /// Frames of finite rows whose results were not finite.
+    pub not_finite: AtomicU64,
     /// Refused frames, as in [`REFUSALS`].
     pub refused: [AtomicU64; REFUSALS.len()],
 }

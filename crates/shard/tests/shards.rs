@@ -30,6 +30,13 @@ use cadre_types::{
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// A busy machine makes no shard slow: what is tested here is that nothing is sent twice.
+fn config() -> DispatchConfig {
+    let mut config = DispatchConfig::default();
+    config.health.slow_floor = PATIENCE;
+    config
+}
+
 /// Expert `e` on shard `e % shards`, and its copy (of the first `redundant` experts) on the next.
 fn placement(checkpoint: &Checkpoint, shards: usize, redundant: usize) -> Placement {
     placement_under(1, checkpoint, shards, redundant)
@@ -137,8 +144,7 @@ impl Bench {
         connector: Arc<dyn Connect>,
     ) -> Dispatcher {
         let view = self.view(&Arc::new(placement.clone()), addresses);
-        let config =
-            DispatchConfig { frame_timeout: PATIENCE, uncovered_wait: PATIENCE, ..DispatchConfig::default() };
+        let config = DispatchConfig { frame_timeout: PATIENCE, uncovered_wait: PATIENCE, ..config() };
         let dispatcher = Dispatcher::new(config, self.weights(), connector);
         dispatcher.handle().update(Arc::new(view));
         dispatcher

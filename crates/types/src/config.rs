@@ -128,6 +128,20 @@ impl ModelConfig {
         (self.first_k_dense_replace..self.total_layers()).map(|layer| LayerId(layer as u16))
     }
 
+    /// Whether anything drafts tokens with the MTP module. The engine does not yet: this is the one place that says
+    /// so, for the workers (which would load the module), the placement (which would count its experts) and what
+    /// `inspect` tells.
+    pub const fn drafts(&self) -> bool {
+        false
+    }
+
+    /// The layers whose experts shards hold, ascending: an MTP layer's only if something drafts with it, since for
+    /// V3 they are 11 GB that nobody asks for.
+    pub fn served_moe_layers(&self) -> impl Iterator<Item = LayerId> + use<> {
+        let end = if self.drafts() { self.total_layers() } else { self.num_hidden_layers };
+        (self.first_k_dense_replace..end).map(|layer| LayerId(layer as u16))
+    }
+
     /// Factor on attention scores: `qk_head_dim^-0.5 * m^2`, `m = 0.1 * mscale_all_dim * ln(factor) + 1`
     /// (spec §4.3; 0.13523378 for V3).
     pub fn softmax_scale(&self) -> f32 {

@@ -21,8 +21,10 @@ use prometheus::{
 use crate::metrics::raise;
 
 const SHARD: Label = Label::Bounded("shard", "expert shards of the model");
-const FAILURE: Label =
-    Label::OneOf("kind", &["unreachable", "timed_out", "refused", "bad_answer", "expired", "slow"]);
+const FAILURE: Label = Label::OneOf(
+    "kind",
+    &["unreachable", "timed_out", "refused", "bad_answer", "expired", "slow", "not_finite"],
+);
 
 const ROUND_TRIP: MetricSpec = MetricSpec {
     name: "cadre_dispatch_round_trip_seconds",

@@ -160,7 +160,7 @@ impl InProcess {
 
 fn plan(config: &ModelConfig, options: &InProcessOptions) -> Result<Placement, InProcessError> {
     let experts = config.n_routed_experts;
-    let load = ExpertLoad::uniform(config.moe_layers(), experts)?;
+    let load = ExpertLoad::uniform(config.served_moe_layers(), experts)?;
     let narrow = |value: usize| u16::try_from(value).unwrap_or(u16::MAX);
     let layout = Layout {
         shards: narrow(options.shards),

@@ -12,13 +12,14 @@
 use cadre_engine::{EngineError, HandoffError, SubmitError};
 use cadre_model::ModelError;
 use cadre_ops::ExchangeError;
+use cadre_proto::UNCOVERED;
 use cadre_scheduler::SchedulerError;
-use tonic::{Code, Status};
+use tonic::{Code, Status, metadata::MetadataValue};
 
 /// A refused submission as a status.
 pub(crate) fn of_submit(error: &SubmitError) -> Status {
     let code = match error {
-        SubmitError::Overloaded { .. } => Code::ResourceExhausted,
+        SubmitError::Overloaded { .. } | SubmitError::Unread { .. } => Code::ResourceExhausted,
         SubmitError::Invalid { .. } | SubmitError::PromptTooLong { .. } => Code::InvalidArgument,
         SubmitError::Stopped { .. } => Code::Unavailable,
     };
@@ -35,7 +36,14 @@ pub(crate) fn of_engine(error: &EngineError) -> Status {
         EngineError::Handoff(handoff) => code_of_handoff(handoff),
         EngineError::Stopped => Code::Unavailable,
     };
-    Status::new(code, error.to_string())
+    let mut status = Status::new(code, error.to_string());
+    if let EngineError::Step { source, .. } = error
+        && let ModelError::Exchange(ExchangeError::Uncovered { .. }) = **source
+    {
+        // The exchange has waited as long as it may; asking another worker would only wait again.
+        status.metadata_mut().insert(UNCOVERED, MetadataValue::from_static("1"));
+    }
+    status
 }
 
 /// A refused or failed hand-off as a status.
@@ -114,10 +122,11 @@ mod tests {
             expert: LogicalExpert(37),
             epoch: PlacementEpoch(9),
             waited_ms: 5000,
-            last_failure: "connection refused".into(),
+            causes: "connection refused".into(),
         });
         let status = of_engine(&EngineError::Step { position: 4, source: Arc::new(source) });
         assert_eq!(status.code(), Code::Unavailable);
+        assert!(status.metadata().contains_key(UNCOVERED), "whoever asks elsewhere waits again");
         for words in ["expert 37", "layer 12", "epoch 9"] {
             assert!(status.message().contains(words), "{} lacks {words}", status.message());
         }

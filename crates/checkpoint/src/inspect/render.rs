@@ -110,7 +110,15 @@ fn tiers(f: &mut fmt::Formatter<'_>, totals: &Totals) -> fmt::Result {
         size(totals.expert_bytes),
         size(totals.bytes_per_expert),
         totals.moe_layers
-    )
+    )?;
+    match totals.idle_expert_bytes {
+        0 => Ok(()),
+        idle => writeln!(
+            f,
+            "              {} more of the MTP layer are not loaded: nothing drafts with it",
+            size(idle)
+        ),
+    }
 }
 
 /// Shards with equal loads share a line.

@@ -42,13 +42,15 @@ pub struct Totals {
     pub active_params: u64,
     /// Every tier that the model has, in the order of [`Tier::ALL`].
     pub tiers: Vec<TierTotals>,
-    /// Bytes that an attention worker loads.
+    /// Bytes that an attention worker loads: without the MTP module if nothing drafts with it.
     pub worker_bytes: u64,
-    /// Bytes of all routed experts, one copy each.
+    /// Bytes of all routed experts that shards load, one copy each.
     pub expert_bytes: u64,
+    /// Bytes of the MTP layer's routed experts that no shard loads, because nothing drafts with them.
+    pub idle_expert_bytes: u64,
     /// Bytes of one routed expert of one layer.
     pub bytes_per_expert: u64,
-    /// Layers with routed experts, MTP included.
+    /// Layers whose routed experts shards load.
     pub moe_layers: u64,
     /// Bytes of latent cache per token.
     pub kv: KvBytes,
@@ -60,12 +62,21 @@ impl Totals {
     pub fn of(config: &ModelConfig, bytes_of: impl Fn(&str) -> Option<u64>) -> Self {
         let mut tiers = Tier::ALL.map(|tier| TierTotals { tier, params: 0, bytes: 0 });
         let (mut tensors, mut main_params, mut mtp_params, mut active_params) = (0, 0, 0, 0);
+        let (mut worker_bytes, mut expert_bytes, mut idle_expert_bytes) = (0, 0, 0);
         for spec in table(config) {
             let params = if spec.is_scale() { 0 } else { spec.elements() };
             tensors += 1;
             let tier = &mut tiers[spec.tier as usize];
             tier.params += params;
-            tier.bytes += bytes_of(&spec.name).unwrap_or_else(|| spec.published_bytes());
+            let bytes = bytes_of(&spec.name).unwrap_or_else(|| spec.published_bytes());
+            tier.bytes += bytes;
+            let idle = is_mtp(config, &spec) && !config.drafts();
+            match spec.tier {
+                Tier::Expert if idle => idle_expert_bytes += bytes,
+                Tier::Expert => expert_bytes += bytes,
+                tier if tier.on_workers() && !idle => worker_bytes += bytes,
+                _ => {}
+            }
             if is_mtp(config, &spec) {
                 mtp_params += if spec.tier == Tier::MtpDuplicate { 0 } else { params };
             } else {
@@ -75,18 +86,15 @@ impl Totals {
                 active_params += if idle { 0 } else { params };
             }
         }
-        let sum = |of: fn(Tier) -> bool| {
-            tiers.iter().filter(|totals| of(totals.tier)).map(|totals| totals.bytes).sum::<u64>()
-        };
-        let expert_bytes = sum(|tier| tier == Tier::Expert);
-        let moe_layers = config.moe_layers().count() as u64;
+        let moe_layers = config.served_moe_layers().count() as u64;
         Self {
             tensors,
             main_params,
             mtp_params,
             active_params,
-            worker_bytes: sum(Tier::on_workers),
+            worker_bytes,
             expert_bytes,
+            idle_expert_bytes,
             bytes_per_expert: expert_bytes / (moe_layers * config.n_routed_experts as u64).max(1),
             moe_layers,
             kv: kv_bytes(config),

@@ -38,6 +38,8 @@ pub(super) struct Links {
     shard_stats: Vec<Arc<ShardStats>>,
     /// Probes that are out, and since when: at most one per shard.
     probes: Vec<(u64, ShardIndex, Instant)>,
+    /// Experts whose rows were not finite, by shard: probed with a row of ones until that comes back finite.
+    suspects: Vec<(ShardIndex, LayerId, LogicalExpert)>,
 }
 
 impl Links {
@@ -57,6 +59,7 @@ impl Links {
             health: Vec::new(),
             shard_stats: Vec::new(),
             probes: Vec::new(),
+            suspects: Vec::new(),
         }
     }
 
@@ -260,6 +263,31 @@ impl Links {
         due
     }
 
+    /// An expert of a shard answered rows that are not finite.
+    pub(super) fn suspect(&mut self, shard: ShardIndex, layer: LayerId, expert: LogicalExpert) {
+        self.clear(shard);
+        self.suspects.push((shard, layer, expert));
+    }
+
+    /// The expert, and its slot under the placement in force, that a probe of this shard must prove.
+    pub(super) fn suspected(&self, shard: ShardIndex) -> Option<(LayerId, u32)> {
+        let (_, layer, expert) = *self.suspects.iter().find(|(suspect, ..)| *suspect == shard)?;
+        let replicas = self.view.as_ref()?.placement.replicas(layer, expert);
+        let slot = replicas.iter().find(|replica| replica.shard == shard)?.slot;
+        Some((layer, u32::from(slot.0)))
+    }
+
+    fn clear(&mut self, shard: ShardIndex) {
+        self.suspects.retain(|(suspect, ..)| *suspect != shard);
+    }
+
+    /// A shard is not to blame for what it was taken out for.
+    pub(super) fn absolve(&mut self, shard: ShardIndex) {
+        self.clear(shard);
+        self.health_mut(shard).absolve();
+        self.publish();
+    }
+
     pub(super) fn probing(&mut self, sequence: u64, shard: ShardIndex, now: Instant) {
         self.probes.retain(|(_, probed, _)| *probed != shard);
         self.probes.push((sequence, shard, now));
@@ -276,6 +304,9 @@ impl Links {
         let policy = self.policy;
         let bound = self.peers().map(|peers| self.slow_after(&peers, shard, now));
         let in_time = bound.is_none_or(|bound| now.saturating_duration_since(sent) < bound);
+        if passed {
+            self.clear(shard);
+        }
         if self.health_mut(shard).probed(&policy, now, passed, in_time) {
             tracing::info!(%shard, "shard is back: it answered its probes");
             self.publish();
@@ -287,6 +318,14 @@ impl Links {
         let placement = self.view.as_ref().map(|view| &view.placement);
         let replicas = placement.map_or(&[][..], |placement| placement.replicas(layer, expert));
         replicas.iter().map(|replica| replica.shard).collect()
+    }
+
+    /// A shard and its address, for errors.
+    pub(super) fn name(&self, shard: ShardIndex) -> String {
+        match self.links.get(shard.index()).and_then(Option::as_ref) {
+            Some(link) => format!("{shard} at {}", link.address),
+            None => shard.to_string(),
+        }
     }
 
     /// Why a shard is not used, for errors.

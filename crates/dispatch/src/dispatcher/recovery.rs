@@ -2,15 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use cadre_ops::ExchangeError;
-use cadre_types::{Generation, LayerId, ShardIndex};
+use cadre_ops::{ExchangeError, RowFormat};
+use cadre_types::{Generation, LayerId, LogicalExpert, ShardIndex};
 
 use super::{
     Dispatcher,
     step::{Progress, Step, rows_of},
 };
 use crate::{
-    frame::{Answer, CombineFrame, LinkError, RefusalCode},
+    frame::{Answer, CombineFrame, LinkError, RefusalCode, first_not_finite},
     health::{Failure, Sample},
     plan::Pair,
     stats::add,
@@ -22,7 +22,8 @@ impl Dispatcher {
             if let Err(error) = &answer {
                 tracing::debug!(%shard, %error, "probe failed");
             }
-            self.links.probed(shard, sent, at, answer.is_ok());
+            let passed = answer.is_ok_and(|rows| first_not_finite(rows.format, &rows.rows).is_none());
+            self.links.probed(shard, sent, at, passed);
             return;
         }
         let Some(index) = self.steps.iter().position(|step| step.has_frame(sequence)) else {
@@ -66,6 +67,10 @@ impl Dispatcher {
             self.fail_frame(step, sequence, Failure::BadAnswer, what, at);
             return;
         }
+        if let Some(element) = first_not_finite(combine, &combined.rows) {
+            self.not_finite(step, sequence, &combined, element, at);
+            return;
+        }
         self.links.release(frame);
         let (sent, slow_after, tokens) = (frame.sent, frame.slow_after, frame.targets.len());
         let round_trip = at.saturating_duration_since(sent);
@@ -100,6 +105,59 @@ impl Dispatcher {
         }
     }
 
+    /// Judges an answer with a row that is not finite. The shard is taken out and other copies are asked, unless its
+    /// input was not finite already, or another copy (or this one, after it had proven itself) has computed the
+    /// same: then it is the model and what it was asked, and nobody is taken out for that.
+    fn not_finite(
+        &mut self,
+        step: &mut Step,
+        sequence: u64,
+        combined: &CombineFrame,
+        element: usize,
+        at: Instant,
+    ) {
+        let (layer, hidden, width) =
+            (step.layer, step.hidden.max(1), step.combine.row_bytes(step.hidden).max(1));
+        let Some(frame) = step.frame_mut(sequence) else { return };
+        let (shard, pair) = (frame.shard, element / hidden);
+        let (sent, token) = (&frame.frame, frame.frame.pair_tokens[pair] as usize);
+        let target = frame.targets[pair];
+        let rows = combined.rows.chunks_exact(width).zip(&frame.targets);
+        let bad: Vec<u32> = rows
+            .filter(|(row, _)| first_not_finite(combined.format, row).is_some())
+            .map(|(_, target)| *target)
+            .collect();
+        let row_bytes = sent.format.row_bytes(hidden);
+        let scales = 4 * sent.format.row_scales(hidden);
+        let input_is_finite =
+            first_not_finite(sent.format, &sent.data[token * row_bytes..(token + 1) * row_bytes]).is_none()
+                && first_not_finite(RowFormat::F32, &sent.scales[token * scales..(token + 1) * scales])
+                    .is_none();
+        let expert = LogicalExpert(step.topk_idx[target as usize]);
+        let what =
+            format!("{shard}, {layer}, {expert}: element {} of its row is not finite", element % hidden);
+        let before = step.first_not_finite(&bad);
+        if input_is_finite && before.is_none() {
+            step.note_not_finite(shard, bad);
+            self.links.suspect(shard, layer, expert);
+            self.fail_frame(step, sequence, Failure::NotFinite, what, at);
+            return;
+        }
+        let message = match before {
+            _ if !input_is_finite => format!("{what}, and neither is the row that it was sent"),
+            Some(other) => {
+                self.links.absolve(other);
+                format!("{what}, and {other} has computed the same: the activations overflow")
+            }
+            None => what,
+        };
+        if let Some(frame) = step.frame_mut(sequence) {
+            self.links.release(frame);
+            frame.progress = Progress::Failed;
+        }
+        step.fatal = Some(ExchangeError::NotFinite { layer, expert, message });
+    }
+
     fn fatal(&self, layer: LayerId, shard: ShardIndex, error: &LinkError) -> ExchangeError {
         match error {
             LinkError::Refused(refusal) if refusal.code == RefusalCode::Generation => {
@@ -115,6 +173,12 @@ impl Dispatcher {
         let Some(frame) = step.frame_mut(sequence) else { return };
         let was_waiting = frame.progress == Progress::Waiting;
         self.links.release(frame);
+        if !was_waiting && failure == Failure::Refused {
+            // It was given up, and may have been under a placement that nobody waits for any more: what its shard
+            // refuses now says nothing about new frames.
+            frame.progress = Progress::Failed;
+            return;
+        }
         self.links.failed(frame.shard, failure, now, &what);
         // A hung or unlisted shard may still answer, and the answer would be right; a failed frame is over.
         let may_answer = matches!(failure, Failure::TimedOut | Failure::Expired | Failure::Slow);
@@ -148,7 +212,9 @@ impl Dispatcher {
     pub(super) fn time_out(&mut self, step: &mut Step, now: Instant) {
         let bound = self.config.frame_timeout;
         for sequence in step.waiting(|frame| now >= frame.sent + bound) {
-            let what = format!("no answer within {} ms", bound.as_millis());
+            let peer = step.frame_mut(sequence).map(|frame| self.links.name(frame.shard)).unwrap_or_default();
+            let (layer, epoch) = (step.layer, self.links.epoch());
+            let what = format!("{peer}, {layer}, {epoch}: no answer within {} ms", bound.as_millis());
             self.fail_frame(step, sequence, Failure::TimedOut, what, now);
         }
     }
@@ -160,7 +226,10 @@ impl Dispatcher {
             let Some(frame) = step.frame_mut(sequence) else { continue };
             let (shard, after) = (frame.shard, frame.slow_after.take().unwrap_or_default());
             let (frame, targets) = (frame.frame.clone(), frame.targets.clone());
-            let what = format!("no answer within {} ms, many times what others take", after.as_millis());
+            let (peer, layer, epoch) = (self.links.name(shard), step.layer, self.links.epoch());
+            let ms = after.as_millis();
+            let what =
+                format!("{peer}, {layer}, {epoch}: no answer within {ms} ms, many times what others take");
             let elsewhere = step.pairs_of(&frame, &targets);
             if elsewhere.iter().all(|pair| self.links.has_other(step.layer, pair.expert, shard)) {
                 self.fail_frame(step, sequence, Failure::Slow, what, now);
@@ -200,33 +269,24 @@ impl Dispatcher {
         earliest.unwrap_or(now + self.config.frame_timeout)
     }
 
-    /// The error of a step that has looked for a live copy for too long. A step whose pairs always find
-    /// another copy to fail on gets one frame's time more, and then ends as well.
+    /// The error of a step that has looked for a live copy for too long, counted from its first failure over all that
+    /// was tried since: a step whose pairs always find another copy to fail on ends as well.
     pub(super) fn give_up(&self, step: &Step, now: Instant) -> Option<ExchangeError> {
         let waited = now.saturating_duration_since(step.failing_since()?);
-        let bound = if step.stranded.is_empty() {
-            self.config.uncovered_wait + self.config.frame_timeout
-        } else {
-            self.config.uncovered_wait
-        };
-        if waited < bound {
+        if waited < self.config.uncovered_wait {
             return None;
         }
         let expert = step.missing_expert()?;
         add(&self.shared.stats.uncovered, 1);
-        let mut last_failure = step.last_failure.clone();
-        for copy in self.links.copies(step.layer, expert) {
-            if !last_failure.is_empty() {
-                last_failure.push_str("; ");
-            }
-            last_failure.push_str(&self.links.describe(copy, now));
-        }
+        let mut causes = step.causes();
+        causes
+            .extend(self.links.copies(step.layer, expert).iter().map(|copy| self.links.describe(*copy, now)));
         Some(ExchangeError::Uncovered {
             layer: step.layer,
             expert,
             epoch: self.links.epoch(),
             waited_ms: waited.as_millis() as u64,
-            last_failure,
+            causes: causes.join("; "),
         })
     }
 

@@ -102,10 +102,14 @@ pub(super) struct Step {
     pub(super) frames: Vec<InFlight>,
     pub(super) stranded: Vec<Stranded>,
     pub(super) fatal: Option<ExchangeError>,
-    pub(super) last_failure: String,
+    /// The first failure and the last one, in words; the causes of an error.
+    first_cause: Option<String>,
+    last_failure: String,
     first_failure: Option<Instant>,
     /// Since when its owner waits for answers: before that, nobody may have looked at the sockets.
     awaited: Option<Instant>,
+    /// Results that were not finite, and whose.
+    not_finite: Vec<(u32, ShardIndex)>,
     arrived: Vec<Arrived>,
 }
 
@@ -120,9 +124,11 @@ impl Step {
             frames: Vec::new(),
             stranded: Vec::new(),
             fatal: None,
+            first_cause: None,
             last_failure: String::new(),
             first_failure: None,
             awaited: None,
+            not_finite: Vec::new(),
             arrived: Vec::new(),
         }
     }
@@ -137,6 +143,17 @@ impl Step {
 
     pub(super) fn frame_mut(&mut self, sequence: u64) -> Option<&mut InFlight> {
         self.find(sequence).map(|at| &mut self.frames[at])
+    }
+
+    /// Who has answered one of these results before, and it was not finite either.
+    pub(super) fn first_not_finite(&self, targets: &[u32]) -> Option<ShardIndex> {
+        let known = self.not_finite.iter().find(|(target, _)| targets.contains(target));
+        known.map(|(_, shard)| *shard)
+    }
+
+    /// Notes results that were not finite.
+    pub(super) fn note_not_finite(&mut self, shard: ShardIndex, targets: Vec<u32>) {
+        self.not_finite.extend(targets.into_iter().map(|target| (target, shard)));
     }
 
     /// Its owner begins to wait.
@@ -182,7 +199,14 @@ impl Step {
     /// Notes that a frame failed.
     pub(super) fn note_failure(&mut self, now: Instant, what: String) {
         self.first_failure.get_or_insert(now);
+        self.first_cause.get_or_insert_with(|| what.clone());
         self.last_failure = what;
+    }
+
+    /// What has failed: the first cause, and the last one if it is another.
+    pub(super) fn causes(&self) -> Vec<String> {
+        let last = Some(&self.last_failure).filter(|last| Some(*last) != self.first_cause.as_ref());
+        self.first_cause.iter().chain(last).filter(|cause| !cause.is_empty()).cloned().collect()
     }
 
     /// Keeps pairs until a copy is usable.

@@ -117,3 +117,23 @@ proptest! {
         prop_assert_eq!(contract.check(&frame).is_ok(), safe);
     }
 }
+
+#[test]
+fn what_is_not_finite_is_found_wherever_it_is() {
+    let f32s = |at: usize, value: f32| {
+        let mut values = vec![1.0_f32; 3000];
+        values[at] = value;
+        values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>()
+    };
+    for at in [0, 1023, 1024, 2999] {
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let rows = f32s(at, value);
+            assert_eq!(first_not_finite(RowFormat::F32, &rows), Some(at));
+            let bf16: Vec<u8> = rows.chunks(4).flat_map(|element| [element[2], element[3]]).collect();
+            assert_eq!(first_not_finite(RowFormat::Bf16, &bf16), Some(at));
+        }
+        assert_eq!(first_not_finite(RowFormat::F32, &f32s(at, f32::MAX)), None);
+    }
+    assert_eq!(first_not_finite(RowFormat::E4m3, &[0x7E, 0xFE, 0xFF]), Some(2));
+    assert_eq!(first_not_finite(RowFormat::Bf16, &[]), None);
+}

@@ -3,12 +3,16 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use cadre_proto::{MAX_MESSAGE_BYTES, v1};
+use cadre_proto::{
+    MAX_MESSAGE_BYTES,
+    connection::{ConnectionEnd, with_causes},
+    v1,
+};
 use cadre_types::ShardIndex;
 use parking_lot::Mutex;
 use tokio::{sync::mpsc, task::AbortHandle};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Endpoint;
+use tonic::{Status, transport::Endpoint};
 
 use super::{
     Connect, DispatchTransport, Drive, MAX_LINK_FRAMES, Reply,
@@ -130,7 +134,7 @@ impl Link {
             Ok(endpoint) => endpoint,
             Err(error) => {
                 tracing::error!(shard = %self.shard, address = self.address, %error, "shard address refused");
-                self.down(format!("address {:?}: {}", self.address, tuning::describe(&error)));
+                self.down(format!("address {:?}: {}", self.address, with_causes(&error)));
                 return;
             }
         };
@@ -146,7 +150,7 @@ impl Link {
     async fn stream(&self, endpoint: &Endpoint, backoff: &mut Backoff) -> String {
         let channel = match endpoint.connect().await {
             Ok(channel) => channel,
-            Err(error) => return format!("{}: {}", self.address, tuning::describe(&error)),
+            Err(error) => return format!("{}: {}", self.address, with_causes(&error)),
         };
         let mut client = v1::expert_client::ExpertClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
@@ -155,7 +159,7 @@ impl Link {
         let opening = client.dispatch(ReceiverStream::new(frames));
         let mut answers = match tokio::time::timeout(tuning::CONNECT_TIMEOUT, opening).await {
             Ok(Ok(response)) => response.into_inner(),
-            Ok(Err(status)) => return format!("{}: {status}", self.address),
+            Ok(Err(status)) => return self.end_of(&status),
             Err(_) => return format!("{}: no answer to Dispatch", self.address),
         };
         *self.state.lock() = State::Up { outgoing, pending: HashMap::new() };
@@ -172,8 +176,16 @@ impl Link {
                     }
                 }
                 Ok(None) => return format!("{}: the shard closed the stream", self.address),
-                Err(status) => return format!("{}: {status}", self.address),
+                Err(status) => return self.end_of(&status),
             }
+        }
+    }
+
+    /// Why the stream ended: how the connection did, or what the shard said.
+    fn end_of(&self, status: &Status) -> String {
+        match ConnectionEnd::of_status(status) {
+            Some(end) => format!("{}: {end}: {}", self.address, with_causes(status)),
+            None => format!("{}: {:?}: {}", self.address, status.code(), status.message()),
         }
     }
 

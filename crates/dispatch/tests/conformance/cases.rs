@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cadre_dispatch::{Dispatcher, RefusalCode, stats::DispatchStats};
+use cadre_dispatch::{Dispatcher, RefusalCode, health::Failure, stats::DispatchStats};
 use cadre_ops::{ExchangeError, ExchangeTicket, ExpertExchange, ExpertRows};
 use cadre_types::{MemberState, ModelHash, NumericsClass, PlacementEpoch, ShardIndex};
 
@@ -199,6 +199,74 @@ pub(crate) fn wrong_answers_and_dropped_frames_go_to_the_other_copy<R: Rig>() {
     }
 }
 
+pub(crate) fn rows_that_are_not_finite_go_to_the_other_copy_until_the_shard_proves_itself<R: Rig>() {
+    for class in NumericsClass::ALL {
+        let cluster = Cluster::<R>::new(class, TWO_COPIES);
+        let mut dispatcher = cluster.dispatcher(patient());
+        let stats = dispatcher.handle().stats();
+        let batch = Batch::new(class, 16, 2, 0);
+        cluster.shards[1].set(Mode::NotFinite);
+        until("the broken shard is asked", || {
+            batch.run(&mut dispatcher);
+            ejections(&stats, 1) > 0
+        });
+        assert_eq!(ejections(&stats, 0), 0);
+        let kind = Failure::NotFinite.index();
+        assert!(stats.shard(ShardIndex(1)).failures[kind].load(Ordering::Relaxed) > 0);
+        // Probes carry a row; it does not come back finite.
+        until("probes are sent", || {
+            batch.run(&mut dispatcher);
+            stats.probes.load(Ordering::Relaxed) > 2
+        });
+        assert_eq!(stats.shard(ShardIndex(1)).usable.load(Ordering::Relaxed), 0);
+        assert_eq!(ejections(&stats, 1), 1, "it never came back");
+        cluster.shards[1].set(Mode::Compute);
+        until("it is used again", || {
+            batch.run(&mut dispatcher);
+            stats.shard(ShardIndex(1)).usable.load(Ordering::Relaxed) == 1
+        });
+    }
+}
+
+pub(crate) fn without_a_copy_rows_that_are_not_finite_name_the_shard<R: Rig>() {
+    let cluster = split::<R>();
+    let mut config = patient();
+    config.uncovered_wait = Duration::from_millis(50);
+    let mut dispatcher = cluster.dispatcher(config);
+    cluster.shards[1].set(Mode::NotFinite);
+    let mut batch = Batch::new(NumericsClass::F32, 1, 1, 0);
+    batch.topk_idx = vec![2];
+    until("the shard is asked", || {
+        let error = batch.fail(&mut dispatcher).to_string();
+        error.starts_with("expert 2 of layer 3: no live copy")
+            && error.contains("shard 1, layer 3, expert 2: element 129 of its row is not finite")
+    });
+    assert_eq!(dispatcher.handle().stats().shard(ShardIndex(1)).usable.load(Ordering::Relaxed), 0);
+}
+
+pub(crate) fn an_overflow_takes_nobody_out<R: Rig>() {
+    let cluster = two_copies::<R>();
+    let mut dispatcher = cluster.dispatcher(patient());
+    let stats = dispatcher.handle().stats();
+    let batch = Batch::f32(16);
+    until("both shards are connected and used", || {
+        batch.run(&mut dispatcher);
+        cluster.shards.iter().all(|shard| shard.frames() > 0)
+    });
+    for shard in &cluster.shards {
+        shard.set(Mode::NotFinite);
+    }
+    let error = Batch::new(NumericsClass::F32, 1, 1, 0).fail(&mut dispatcher);
+    assert!(matches!(error, ExchangeError::NotFinite { layer: LAYER, .. }), "{error}");
+    assert!(error.to_string().contains("has computed the same"), "{error}");
+    let usable = |shard| stats.shard(ShardIndex(shard)).usable.load(Ordering::Relaxed) == 1;
+    assert!(usable(0) && usable(1));
+    for shard in &cluster.shards {
+        shard.set(Mode::Compute);
+    }
+    batch.run(&mut dispatcher);
+}
+
 /// Sends a batch of which shard 0 holds a part; both shards are connected and share every step.
 fn held_by_shard_0<R: Rig>(cluster: &Cluster<R>, dispatcher: &mut Dispatcher) -> (Batch, ExchangeTicket) {
     let batch = Batch::f32(16);
@@ -323,13 +391,13 @@ pub(crate) fn without_a_copy_the_error_names_what_is_missing<R: Rig>() {
     batch.topk_idx = vec![2];
     until("the shard is asked", || {
         let error = batch.fail(&mut dispatcher);
-        let ExchangeError::Uncovered { layer, expert, epoch, waited_ms, last_failure } = &error else {
+        let ExchangeError::Uncovered { layer, expert, epoch, waited_ms, causes } = &error else {
             panic!("{error}");
         };
         assert_eq!((layer.0, expert.0, epoch.0), (LAYER.0, 2, 1));
         assert!(*waited_ms >= 50);
         assert!(error.to_string().starts_with("expert 2 of layer 3: no live copy after"));
-        last_failure.contains("shard 1 says no")
+        causes.contains("shard 1 says no")
     });
     // The rest of the cluster is unharmed.
     batch.topk_idx = vec![0];

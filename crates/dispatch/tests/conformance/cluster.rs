@@ -138,7 +138,8 @@ impl Batch {
     /// Token `t` chooses experts in a pattern that differs from token to token.
     pub(crate) fn new(class: NumericsClass, tokens: usize, top_k: usize, salt: u8) -> Self {
         let format = RowFormat::dispatch(class);
-        let bytes = |len: usize| (0..len).map(|at| (at * 31 % 251) as u8 ^ salt).collect();
+        // Finite in every format: an exponent (or an e4m3 code) without its second bit is not all ones.
+        let bytes = |len: usize| (0..len).map(|at| ((at * 31 % 251) as u8 ^ salt) & 0xBF).collect();
         let topk_idx = (0..tokens)
             .flat_map(|token| {
                 let mut chosen: Vec<u16> =

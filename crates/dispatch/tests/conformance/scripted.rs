@@ -12,7 +12,7 @@ use cadre_dispatch::{
     ShardSignals,
 };
 use cadre_ops::RowFormat;
-use cadre_types::{LogicalExpert, Placement, ShardIndex};
+use cadre_types::{LogicalExpert, NumericsClass, Placement, ShardIndex};
 use parking_lot::{Condvar, Mutex};
 
 /// No condition of a test takes longer, or it has failed.
@@ -27,7 +27,9 @@ pub(crate) fn compute(row: &[u8], scales: &[u8], expert: u16, out_len: usize) ->
     (0..out_len)
         .map(|at| {
             let byte = row.get(at % row.len().max(1)).copied().unwrap_or(0);
-            (state.rotate_left(at as u32 % 32) as u8) ^ byte.wrapping_add(at as u8)
+            let byte = (state.rotate_left(at as u32 % 32) as u8) ^ byte.wrapping_add(at as u8);
+            // The last byte of an element, F32 or bf16, keeps its exponent below all ones: rows are finite.
+            if at % 2 == 1 { byte & !0x40 } else { byte }
         })
         .collect()
 }
@@ -44,6 +46,8 @@ pub(crate) enum Mode {
     ShortAnswer,
     /// Drops frames without an answer.
     Drop,
+    /// Answers infinity in the last element of every frame with rows, probes too.
+    NotFinite,
 }
 
 struct State {
@@ -172,7 +176,15 @@ impl ShardService for Scripted {
             Mode::ShortAnswer if real => {
                 answer(&contract, &placement, &frame, |rows| rows.truncate(rows.len() - 1))
             }
-            Mode::Compute | Mode::Drop | Mode::Refuse(..) | Mode::ShortAnswer => {
+            // 0x7F80 at the end of a row: infinity in F32 and in bf16.
+            Mode::NotFinite if real => answer(&contract, &placement, &frame, |rows| {
+                let end = rows.len();
+                rows[end - 2..].copy_from_slice(&[0x80, 0x7F]);
+                if contract.generation.numerics == NumericsClass::F32 {
+                    rows[end - 4..end - 2].fill(0);
+                }
+            }),
+            Mode::Compute | Mode::Drop | Mode::Refuse(..) | Mode::ShortAnswer | Mode::NotFinite => {
                 answer(&contract, &placement, &frame, |_| {})
             }
         };

@@ -68,7 +68,7 @@ impl<B: Backend> StepLoop<B> {
             if let Some(entry) = self.entries.get(&chunk.id)
                 && matches!(entry.part, Part::Outgoing(_))
             {
-                let _ = entry.events.try_send(EngineEvent::Computed(end));
+                entry.events.send(EngineEvent::Computed(end));
             }
             if chunk.last {
                 self.sampled(chunk.id, end, wanted.next().unwrap_or(usize::MAX));
@@ -97,7 +97,7 @@ impl<B: Backend> StepLoop<B> {
         {
             outgoing.finish_with(KvFinish { first_token: token.clone() });
             // The sequence ends when its last row has left, not by this token.
-            let _ = entry.events.try_send(EngineEvent::Token(token));
+            entry.events.send(EngineEvent::Token(token));
             return;
         }
         self.accept(id, token);

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use cadre_engine::{EngineError, EngineEvent, PrefillPlace, SubmitError};
+use cadre_engine::{EngineError, EngineEvent, EngineHandle, PrefillPlace, SubmitError};
 use cadre_scheduler::SchedulerError;
 use cadre_types::{FinishReason, SamplingParams};
 
@@ -229,4 +229,36 @@ async fn a_self_test_goes_through_the_engine() {
     let failed = handle.self_test(1).await.unwrap_err().to_string();
     assert!(failed.contains("no live copy"), "{failed}");
     handle.self_test(2).await.unwrap();
+}
+
+/// Waits until nothing runs.
+async fn ended(engine: &EngineHandle) {
+    while engine.in_flight() > 0 {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn answers_that_nobody_reads_keep_new_requests_out() {
+    let engine = Setup { max_unread_bytes: 1000, ..Setup::default() }.spawn();
+    let handle = engine.handle();
+    let mut unread = Vec::new();
+    // Each one ends and gives its pages back; its 24 tokens with three candidates each wait.
+    let refused = loop {
+        match handle.submit(request(&format!("unread-{}", unread.len()), prompt(1, 8), 24)) {
+            Ok(stream) => unread.push(stream),
+            Err(error) => break error,
+        }
+        assert!(unread.len() < 100, "nothing bounds what waits");
+        ended(&handle).await;
+    };
+    assert_eq!(unread.len(), 1, "one answer is more than the bound");
+    assert!(matches!(refused, SubmitError::Unread { bytes: 1000.., bound: 1000, .. }), "{refused}");
+    // Reading it, or dropping it, makes room.
+    outcome(unread.remove(0)).await.end.unwrap();
+    let dropped = handle.submit(request("dropped", prompt(1, 8), 24)).unwrap();
+    ended(&handle).await;
+    assert!(handle.submit(request("refused", prompt(1, 8), 24)).is_err());
+    drop(dropped);
+    outcome(handle.submit(request("read", prompt(1, 8), 24)).unwrap()).await.end.unwrap();
 }

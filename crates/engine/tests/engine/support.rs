@@ -63,6 +63,7 @@ pub(crate) struct Setup {
     pub(crate) scheduler: SchedulerConfig,
     pub(crate) handoff_timeout: Duration,
     pub(crate) handoff_begin_timeout: Duration,
+    pub(crate) max_unread_bytes: u64,
     pub(crate) switches: Arc<Switches>,
 }
 
@@ -73,6 +74,7 @@ impl Default for Setup {
             // Nothing in a test waits that long: a hand-off that ends by time-out has to ask for it.
             handoff_timeout: Duration::from_secs(600),
             handoff_begin_timeout: Duration::from_secs(600),
+            max_unread_bytes: u64::MAX,
             switches: Arc::default(),
         }
     }
@@ -88,6 +90,7 @@ impl Setup {
         Engine::spawn(EngineParts {
             handoff_timeout: self.handoff_timeout,
             handoff_begin_timeout: self.handoff_begin_timeout,
+            max_unread_bytes: self.max_unread_bytes,
             ..EngineParts::new(model, self.scheduler.clone(), Box::new(exchange))
         })
         .unwrap()
@@ -213,7 +216,7 @@ impl ExpertExchange for InlineExperts {
                 expert: LogicalExpert(pending.topk_idx[0]),
                 epoch: PlacementEpoch(1),
                 waited_ms: 0,
-                last_failure: "switched off".into(),
+                causes: "switched off".into(),
             });
         }
         let backend = &*self.backend;

@@ -152,13 +152,17 @@ fn expert_load(options: &RouterOptions, config: &ModelConfig) -> Result<ExpertLo
         Some(path) => path.clone(),
         None if beside.is_file() => beside,
         None => {
-            let uniform = ExpertLoad::uniform(config.moe_layers(), config.n_routed_experts);
+            let uniform = ExpertLoad::uniform(config.served_moe_layers(), config.n_routed_experts);
             return uniform.map_err(|source| RouterError::Load { path: options.model_dir.clone(), source });
         }
     };
-    let load = read_load(&path)?;
-    let checked = load.check_model(config.moe_layers(), config.n_routed_experts);
-    checked.map_err(|source| RouterError::Load { path: path.clone(), source })?;
+    let failed = |source| RouterError::Load { path: path.clone(), source };
+    // A load that was measured while an MTP layer was placed says something about it; nobody needs that now.
+    let (served, known): (Vec<_>, Vec<_>) =
+        (config.served_moe_layers().collect(), config.moe_layers().collect());
+    let idle = |layer| known.contains(&layer) && !served.contains(&layer);
+    let load = read_load(&path)?.without(idle).map_err(failed)?;
+    load.check_model(served.iter().copied(), config.n_routed_experts).map_err(failed)?;
     tracing::info!(path = %path.display(), "placements are planned from measured expert load");
     Ok(load)
 }

@@ -1,6 +1,7 @@
 //! The one place where a worker's gRPC status becomes a request's error (the table of codes is in
 //! cadre-worker's `status` module).
 
+use cadre_proto::connection::{ConnectionEnd, with_causes};
 use cadre_types::MemberId;
 use tonic::{Code, Status};
 
@@ -17,38 +18,29 @@ pub(super) fn worker_error(
     retry_after_s: u32,
 ) -> RequestError {
     let worker = worker.clone();
-    // Only a status that was made on our side, of a broken connection, has causes.
-    let broken = std::error::Error::source(status).is_some();
+    if let Some(end) = ConnectionEnd::of_status(status) {
+        let problem = format!("{end}: {}", with_causes(status));
+        return RequestError::WorkerUnavailable { worker, operation, problem, begun };
+    }
     match status.code() {
-        code if broken || (!begun && code == Code::Unavailable) => {
-            let problem = format!("{code:?}: {}", with_causes(status));
+        code @ Code::Unavailable if !begun => {
+            let problem = format!("{code:?}: {}", status.message());
             RequestError::WorkerUnavailable { worker, operation, problem, begun }
         }
         Code::InvalidArgument | Code::OutOfRange => {
             RequestError::Refused { worker, problem: status.message().to_owned() }
+        }
+        // Its exchange has waited for a live copy as long as it may.
+        Code::Unavailable if status.metadata().contains_key(cadre_proto::UNCOVERED) => {
+            RequestError::Uncovered { worker, operation, problem: status.message().to_owned() }
         }
         Code::ResourceExhausted => {
             RequestError::Overloaded { worker, problem: status.message().to_owned(), retry_after_s }
         }
         Code::Aborted => RequestError::HandoffFailed { worker, problem: status.message().to_owned() },
         code => {
-            let problem = format!("{code:?}: {}", with_causes(status));
+            let problem = format!("{code:?}: {}", status.message());
             RequestError::WorkerFailed { worker, operation, problem }
         }
     }
-}
-
-/// A transport error says "transport error" and hides the reason in its causes.
-fn with_causes(status: &Status) -> String {
-    let mut text = status.message().to_owned();
-    let mut cause = std::error::Error::source(status);
-    while let Some(error) = cause {
-        let words = error.to_string();
-        if !text.contains(&words) {
-            text.push_str(": ");
-            text.push_str(&words);
-        }
-        cause = error.source();
-    }
-    text
 }

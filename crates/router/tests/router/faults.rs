@@ -127,6 +127,63 @@ async fn failures_before_the_first_token_move_the_request() {
 }
 
 #[tokio::test]
+async fn what_a_worker_has_waited_for_in_vain_is_not_waited_for_again() {
+    let mut uncovered =
+        Status::unavailable("step at position 4: expert 37 of layer 12: no live copy after 30000 ms");
+    uncovered.metadata_mut().insert(cadre_proto::UNCOVERED, "1".parse().unwrap());
+    let one = FakeWorker::start(Script::steps(vec![Step::Fail(uncovered)])).await;
+    let two = FakeWorker::start(fine()).await;
+    let mut cluster = Cluster::bare(options()).await;
+    cluster.add_worker("a", v1::Role::Both, &one).await;
+    cluster.add_worker("b", v1::Role::Both, &two).await;
+    cluster.ready(true).await;
+    let (status, body) =
+        post_json(cluster.at.http, "/v1/completions", &json!({"model": MODEL, "prompt": "a"})).await;
+    assert_eq!((status, &body["error"]["code"]), (503, &json!("expert_unavailable")), "{body}");
+    assert!(body["error"]["message"].as_str().unwrap().contains("expert 37 of layer 12"), "{body}");
+    assert_eq!((one.seen.decodes.lock().unwrap().len(), two.seen.decodes.lock().unwrap().len()), (1, 0));
+}
+
+#[tokio::test]
+async fn the_error_of_several_attempts_keeps_the_first_cause() {
+    let broken = |words: &str| Script::steps(vec![Step::Fail(Status::internal(words))]);
+    let one = FakeWorker::start(broken("the disk burns")).await;
+    let two = FakeWorker::start(broken("out of coffee")).await;
+    let mut cluster = Cluster::bare(options()).await;
+    cluster.add_worker("a", v1::Role::Both, &one).await;
+    cluster.add_worker("b", v1::Role::Both, &two).await;
+    cluster.ready(true).await;
+    let (status, body) =
+        post_json(cluster.at.http, "/v1/completions", &json!({"model": MODEL, "prompt": "a"})).await;
+    let message = body["error"]["message"].as_str().unwrap();
+    assert_eq!((status, &body["error"]["code"]), (503, &json!("worker_failed")), "{body}");
+    let (first, last) = (message.find("the disk burns"), message.find("out of coffee"));
+    assert!(first.is_some() && first < last, "{message}");
+}
+
+#[tokio::test]
+async fn attempts_are_bounded_in_sum_and_not_one_by_one() {
+    // Three workers that are silent for longer than the bound on everything that is tried again: one is asked.
+    let hanging = || FakeWorker::start(Script::steps(vec![Step::Token(40), Step::Hang]));
+    let mut options = options();
+    options.limits.stall_timeout = std::time::Duration::from_millis(300);
+    options.limits.reserve_timeout = std::time::Duration::from_millis(200);
+    let mut cluster = Cluster::bare(options).await;
+    let silent = || Script { steps: vec![Step::Hang], prefill: None, reserve: None };
+    let workers = [hanging().await, hanging().await, hanging().await];
+    for (worker, name) in workers.iter().zip(["a", "b", "c"]) {
+        worker.set(silent());
+        cluster.add_worker(name, v1::Role::Both, worker).await;
+    }
+    cluster.ready(true).await;
+    let (status, body) =
+        post_json(cluster.at.http, "/v1/completions", &json!({"model": MODEL, "prompt": "a"})).await;
+    assert_eq!((status, &body["error"]["code"]), (503, &json!("worker_stalled")), "{body}");
+    let asked: usize = workers.iter().map(|worker| worker.seen.decodes.lock().unwrap().len()).sum();
+    assert_eq!(asked, 1, "{body}");
+}
+
+#[tokio::test]
 async fn an_impossible_request_is_not_tried_elsewhere() {
     let one = FakeWorker::start(Script::refusing(Status::invalid_argument("9 pages, the cache has 4"))).await;
     let two = FakeWorker::start(fine()).await;

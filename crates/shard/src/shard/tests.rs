@@ -142,7 +142,7 @@ impl Bench {
                 scales: &frame.scales[token * scale_width..(token + 1) * scale_width],
             };
             self.backend.upload_rows(&mut queue, row, &mut x).unwrap();
-            self.backend.ffn(&mut queue, &x, &ffn, 1, &mut y).unwrap();
+            self.backend.ffn(&mut queue, &x, &ffn.ffn, 1, &mut y).unwrap();
             let (mut data, mut scales) = (Vec::new(), Vec::new());
             let format = RowFormat::combine(self.class);
             self.backend.download_rows(&mut queue, &y, 1, format, &mut data, &mut scales).unwrap();

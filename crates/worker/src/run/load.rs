@@ -38,8 +38,13 @@ impl Load {
         let began = Instant::now();
         let mut told = 0;
         let mut progress = |progress| note(&report, &metrics, progress, &mut told);
-        let model = Model::load(backend, &checkpoint, &LoadOptions { mtp: false }, &mut progress)
-            .with_context(|| format!("load {}", checkpoint.dir().display()))?;
+        let model = Model::load(
+            backend,
+            &checkpoint,
+            &LoadOptions { mtp: checkpoint.config().drafts() },
+            &mut progress,
+        )
+        .with_context(|| format!("load {}", checkpoint.dir().display()))?;
         report.weights_digest.store(model.weights_digest(), Ordering::Relaxed);
         tracing::info!(seconds = began.elapsed().as_secs_f64(), "weights loaded");
         let (handoff_timeout, handoff_begin_timeout) = timeouts;

@@ -7,7 +7,11 @@
 //! finish frame, so the decode worker never takes it for whole.
 
 use cadre_engine::{EngineEvent, KvMessage, KvStream, PrefillRequest, SequenceStream, prompt_hash};
-use cadre_proto::{convert::required, v1};
+use cadre_proto::{
+    connection::{ConnectionEnd, with_causes},
+    convert::required,
+    v1,
+};
 use cadre_types::FinishReason;
 use tokio::{
     sync::mpsc,
@@ -15,7 +19,7 @@ use tokio::{
     time::{Duration, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Request, Status};
+use tonic::{Request, Status};
 
 use crate::{status, wire};
 
@@ -177,10 +181,14 @@ impl Handoff {
 
     /// Names the peer in an error of its call.
     fn lost(&self, error: Status) -> Status {
-        if matches!(error.code(), Code::Unavailable | Code::Unknown | Code::Cancelled) {
+        let end = ConnectionEnd::of_status(&error);
+        if end.is_some() {
             self.service.shared.peers.forget(&self.address);
         }
-        let message = format!("hand-off to {}: {}", self.address, error.message());
+        let message = match end {
+            Some(end) => format!("hand-off to {}: {end}: {}", self.address, with_causes(&error)),
+            None => format!("hand-off to {}: {}", self.address, error.message()),
+        };
         // Whatever the peer called it, for the router it is a hand-off that failed and may be tried again.
         Status::aborted(message)
     }

@@ -153,7 +153,7 @@ impl Experts {
         let cpu = CpuOptions { threads: Some(1), ..CpuOptions::new(class) };
         let backend = Arc::new(CpuBackend::new(cpu).unwrap());
         let config = checkpoint.config();
-        let load = ExpertLoad::uniform(config.moe_layers(), config.n_routed_experts).unwrap();
+        let load = ExpertLoad::uniform(config.served_moe_layers(), config.n_routed_experts).unwrap();
         let layout = Layout {
             shards: shards as u16,
             redundant_slots: redundant_slots as u32,
