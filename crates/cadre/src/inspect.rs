@@ -3,12 +3,15 @@
 use std::{num::NonZeroUsize, path::PathBuf, thread::available_parallelism};
 
 use anyhow::{Result, bail};
-use cadre_checkpoint::inspect::{self, Layout, Options};
+use cadre_checkpoint::{
+    Problem, ProblemKind,
+    inspect::{self, Layout, Options},
+};
 use clap::Args;
 
 use crate::{output, progress};
 
-/// Describes a checkpoint from its headers.
+/// Describes a checkpoint from its headers and its text files.
 #[derive(Args, Debug)]
 pub(crate) struct InspectArgs {
     /// A Hugging Face folder.
@@ -27,6 +30,12 @@ pub(crate) struct InspectArgs {
     json: bool,
 }
 
+/// A finding about the text files, as one of the checkpoint.
+fn problem(finding: cadre_text::Finding) -> Problem {
+    let cadre_text::Finding { file, subject, expected, found, fix } = finding;
+    Problem { kind: ProblemKind::Mismatch, file: file.display().to_string(), subject, expected, found, fix }
+}
+
 /// Runs the command; a checkpoint with problems is an error.
 pub(crate) fn run(args: &InspectArgs) -> Result<()> {
     let threads = available_parallelism().unwrap_or(NonZeroUsize::MIN);
@@ -36,8 +45,13 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
         verify: args.verify.then_some(threads),
     };
     let bar = progress::bytes("verifying");
-    let report = inspect::inspect(&args.dir, &options, &|done, total| progress::set(&bar, done, total));
+    let mut report = inspect::inspect(&args.dir, &options, &|done, total| progress::set(&bar, done, total));
     bar.finish_and_clear();
+    if let Some(config) = &report.config {
+        let text = cadre_text::survey(&args.dir, config);
+        text.problems.into_iter().for_each(|finding| report.problems.push(problem(finding)));
+        text.warnings.into_iter().for_each(|finding| report.warnings.push(problem(finding)));
+    }
     if args.json {
         output::json(&report)?;
     } else {

@@ -18,6 +18,7 @@ pub(crate) fn check(
     problems: &mut Problems,
     warnings: &mut Problems,
 ) {
+    let fused = report_fused_experts(listing, problems);
     for spec in table(config) {
         match listing.catalog.get(&spec.name) {
             Some(tensor) => {
@@ -25,12 +26,64 @@ pub(crate) fn check(
                 listing.catalog.mark_known(&spec.name);
             }
             None if spec.optional || listing.hidden.contains(&spec.name) => {}
+            // One finding about the fused ones says more than thousands of missing ones.
+            None if fused && spec.expert.is_some() => {}
             None => missing(config, listing, &spec, problems),
         }
     }
     for tensor in listing.catalog.iter().filter(|tensor| !tensor.is_known()) {
-        unexpected(config, &tensor, problems, warnings);
+        if !is_fused_expert(tensor.name) {
+            unexpected(config, &tensor, problems, warnings);
+        }
     }
+}
+
+/// A configuration that names an MTP layer of which the files have no tensor at all is served without it:
+/// transformers saves V3 that way, because its class has no MTP layer. Returns whether the layer is to be
+/// forgotten; one that is there in part is missing tensors like any other.
+pub(crate) fn mtp_is_absent(config: &ModelConfig, listing: &Listing, warnings: &mut Problems) -> bool {
+    // Without a readable listing nothing is known to be absent.
+    if config.num_nextn_predict_layers == 0 || listing.catalog.iter().len() + listing.hidden.len() == 0 {
+        return false;
+    }
+    let mtp = config.num_hidden_layers..config.total_layers();
+    let of_mtp = |name: &str| layer_of(name).is_some_and(|layer| mtp.contains(&layer));
+    let named = listing.catalog.iter().any(|tensor| of_mtp(tensor.name));
+    if named || listing.hidden.iter().any(|name| of_mtp(name)) {
+        return false;
+    }
+    warnings.push(About::new(&listing.source).field(
+        ProblemKind::MissingTensor,
+        "num_nextn_predict_layers",
+        format!("tensors of layer {}, as config.json says", config.num_hidden_layers),
+        "none of them",
+        "it is served without its MTP layer; set the field to 0, or fetch the layer's tensors",
+    ));
+    true
+}
+
+/// The layer that a tensor's name says it belongs to.
+fn layer_of(name: &str) -> Option<usize> {
+    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
+}
+
+/// Experts of a layer in one tensor, as transformers holds them in memory.
+fn is_fused_expert(name: &str) -> bool {
+    [".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"].iter().any(|part| name.contains(part))
+}
+
+fn report_fused_experts(listing: &Listing, problems: &mut Problems) -> bool {
+    let Some(tensor) = listing.catalog.iter().find(|tensor| is_fused_expert(tensor.name)) else {
+        return false;
+    };
+    problems.push(About::new(tensor.shard.mapping.path()).tensor(
+        ProblemKind::Unsupported,
+        tensor.name,
+        "three matrices for each expert, as DeepSeek-V3 is published",
+        format!("the experts of a layer fused into one tensor {:?}", tensor.shape),
+        "save it with save_pretrained(..., save_original_format=True), which writes the experts one by one",
+    ));
+    true
 }
 
 fn check_tensor(spec: &TensorSpec, entry: &Tensor<'_>, problems: &mut Problems, warnings: &mut Problems) {
@@ -105,10 +158,7 @@ fn unexpected(config: &ModelConfig, tensor: &Tensor<'_>, problems: &mut Problems
         problems.push(about.tensor(ProblemKind::Unsupported, name, expected, found, fix));
         return;
     }
-    let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next());
-    let beyond = layer
-        .and_then(|layer| layer.parse::<usize>().ok())
-        .is_some_and(|layer| layer >= config.total_layers());
+    let beyond = layer_of(name).is_some_and(|layer| layer >= config.total_layers());
     let fix = if beyond {
         "it is not loaded; if it is an MTP layer, set num_nextn_predict_layers in config.json to use it"
     } else {

@@ -262,7 +262,7 @@ pub(crate) struct Survey {
 impl Survey {
     pub(crate) fn new(dir: &Path) -> Self {
         let (mut problems, mut warnings) = (Problems::default(), Problems::default());
-        let parsed = listing::read_config(dir, &mut problems).and_then(|bytes| {
+        let mut parsed = listing::read_config(dir, &mut problems).and_then(|bytes| {
             match config::parse(&dir.join(CONFIG_FILE), &bytes) {
                 Ok(parsed) => Some((bytes, parsed)),
                 Err(found) => {
@@ -272,7 +272,10 @@ impl Survey {
             }
         });
         let mut listing = listing::read(dir, &mut problems, &mut warnings);
-        if let Some((_, parsed)) = &parsed {
+        if let Some((_, parsed)) = &mut parsed {
+            if check::mtp_is_absent(&parsed.config, &listing, &mut warnings) {
+                parsed.config.num_nextn_predict_layers = 0;
+            }
             // With no shard at all, the one finding about that says more than one per tensor.
             if listing.shard_files > 0 {
                 check::check(&parsed.config, &mut listing, &mut problems, &mut warnings);

@@ -293,6 +293,8 @@ impl EngineHandle {
     pub fn submit_prefill(&self, request: PrefillRequest) -> Result<(SequenceStream, KvStream), SubmitError> {
         self.0.limits.check_prompt(&request.request_id, &request.prompt, &request.sampling)?;
         self.check_backlog(&request.request_id)?;
+        let stop = StopConditions { max_tokens: 1, ..request.stop };
+        self.0.limits.check_stop(&request.request_id, &stop)?;
         // Reserved, one Computed per chunk (a chunk has at least one token), the first token, the end.
         let (events, stream) = self.events(request.prompt.len() + 3);
         let (sink, messages) = mpsc::channel(KV_QUEUE);
@@ -300,7 +302,7 @@ impl EngineHandle {
             request_id: request.request_id,
             prompt: request.prompt,
             sampling: request.sampling,
-            stop: StopConditions { max_tokens: 1, ..StopConditions::default() },
+            stop,
             deadline: request.deadline,
             kind: SubmissionKind::PrefillOnly { sink },
             events,

@@ -46,6 +46,9 @@ pub struct PrefillRequest {
     pub prompt: Vec<TokenId>,
     /// How the first token is chosen.
     pub sampling: SamplingParams,
+    /// As in [`SequenceRequest`]: with `min_tokens` above 0 the first token is none that would end it.
+    /// `max_tokens` means nothing here.
+    pub stop: StopConditions,
     /// As in [`SequenceRequest`].
     pub deadline: Option<Instant>,
 }

@@ -319,6 +319,16 @@ impl<B: Backend> StepLoop<B> {
     }
 }
 
+/// What the next token must not be: until `min_tokens` are there, nothing that would end the sequence.
+/// Such a token would be hidden from the client and conditioned on all the same.
+fn banned(stop: &StopConditions, eos: &[TokenId], generated: usize) -> Vec<TokenId> {
+    if generated >= stop.min_tokens as usize {
+        return Vec::new();
+    }
+    let eos = if stop.ignore_eos { &[] } else { eos };
+    [&stop.stop_token_ids, eos].concat()
+}
+
 /// Whether `token`, the `generated`-th of its sequence, ends it.
 fn is_stop(stop: &StopConditions, eos: &[TokenId], token: TokenId, generated: usize) -> bool {
     let counts = generated > stop.min_tokens as usize;
@@ -343,6 +353,26 @@ mod tests {
         assert!(is_stop(&stop, &[1], 7, 3));
         assert!(is_stop(&stop, &[1], 1, 3), "EOS of the model");
         assert!(!is_stop(&stop, &[1], 5, 3));
+    }
+
+    #[test]
+    fn what_would_end_the_text_is_banned_within_the_minimum() {
+        let stop =
+            StopConditions { max_tokens: 9, stop_token_ids: vec![7], min_tokens: 2, ignore_eos: false };
+        for generated in 0..4 {
+            let banned = banned(&stop, &[1], generated);
+            // What may be chosen ends the sequence exactly if it counts.
+            for token in [1, 7] {
+                assert_eq!(
+                    !banned.contains(&token),
+                    is_stop(&stop, &[1], token, generated + 1),
+                    "{generated}"
+                );
+            }
+            assert!(!banned.contains(&5));
+        }
+        let ignoring = StopConditions { ignore_eos: true, ..stop };
+        assert_eq!(banned(&ignoring, &[1], 0), [7], "EOS is text like any other");
     }
 
     #[test]

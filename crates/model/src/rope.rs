@@ -125,6 +125,26 @@ mod tests {
         }
     }
 
+    /// Kimi K2 publishes equal betas: floor and ceiling of one place, 19.16, between which nothing lies.
+    #[test]
+    fn yarn_with_equal_betas_is_a_step() {
+        let yarn = YarnConfig {
+            factor: 32.0,
+            original_max_position_embeddings: 4096,
+            beta_fast: 1.0,
+            beta_slow: 1.0,
+            mscale: 1.0,
+            mscale_all_dim: 1.0,
+        };
+        let config = ModelConfig { rope_theta: 50_000.0, rope_scaling: Some(yarn), ..v3() };
+        for (pair, frequency) in inv_freq(&config).into_iter().enumerate() {
+            let plain = 50_000_f64.powf(-((2 * pair) as f64) / 64.0);
+            let expected = if pair <= 19 { plain } else { plain / 32.0 };
+            let relative = (f64::from(frequency) - expected).abs() / expected;
+            assert!(relative < 1e-6, "pair {pair}: {frequency} is not {expected}");
+        }
+    }
+
     /// Spec §4.3.
     #[test]
     fn softmax_scale_of_v3_has_the_squared_magnitude() {

@@ -26,6 +26,13 @@ pub enum RequestError {
         /// What is wrong with it.
         problem: String,
     },
+    /// Conversations are not served, or not this one, for a reason that lies in the checkpoint or in this
+    /// server and not in the request.
+    #[error("{problem}")]
+    ChatUnavailable {
+        /// The reason.
+        problem: String,
+    },
     /// The body is no JSON object.
     #[error("the request body is not valid JSON: {problem}")]
     Malformed {
@@ -233,6 +240,7 @@ impl RequestError {
             Self::TriedAgain { last, .. } => last.code(),
             Self::Deadline { .. } | Self::BodyTimeout { .. } => Code::DeadlineExceeded,
             Self::Cancelled => Code::Cancelled,
+            Self::ChatUnavailable { .. } => Code::Unimplemented,
             Self::Internal { .. } => Code::Internal,
         }
     }
@@ -260,6 +268,7 @@ impl RequestError {
             Self::Deadline { .. } => 504,
             // nginx's code for a client that closed; nobody reads it.
             Self::Cancelled => 499,
+            Self::ChatUnavailable { .. } => 501,
             Self::Internal { .. } => 500,
         }
     }
@@ -298,6 +307,7 @@ impl RequestError {
             Self::Stalled { .. } => "worker_stalled",
             Self::Deadline { .. } => "deadline_exceeded",
             Self::Cancelled => "cancelled",
+            Self::ChatUnavailable { .. } => "chat_unavailable",
             Self::Internal { .. } => "internal_error",
         }
     }
@@ -339,7 +349,7 @@ impl RequestError {
             Self::TriedAgain { last, .. } => last.outcome(),
             Self::Deadline { .. } | Self::BodyTimeout { .. } => "deadline",
             Self::Cancelled => "cancelled",
-            Self::Internal { .. } => "internal",
+            Self::ChatUnavailable { .. } | Self::Internal { .. } => "internal",
             _ => "invalid",
         }
     }

@@ -22,6 +22,7 @@ mod worker_error;
 
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -84,6 +85,8 @@ pub struct Completion {
     pub text: String,
     /// All tokens.
     pub tokens: Vec<v1::GeneratedToken>,
+    /// Where in the text each token's begins, in characters.
+    pub text_offsets: Vec<usize>,
     /// How it ended.
     pub finish: Finish,
 }
@@ -104,14 +107,15 @@ impl Generation {
 
     /// Everything up to the end.
     pub async fn collect(mut self) -> RequestResult<Completion> {
-        let (mut text, mut tokens) = (String::new(), Vec::new());
+        let (mut text, mut tokens, mut text_offsets) = (String::new(), Vec::new(), Vec::new());
         while let Some(chunk) = self.next().await {
             let chunk = chunk?;
             text.push_str(&chunk.text);
             tokens.extend(chunk.tokens);
+            text_offsets.extend(chunk.text_offsets);
             if let Some(finish) = chunk.finish {
                 let Self { request_id, seed, .. } = self;
-                return Ok(Completion { request_id, seed, text, tokens, finish });
+                return Ok(Completion { request_id, seed, text, tokens, text_offsets, finish });
             }
         }
         Err(RequestError::Internal { problem: "a sequence ended without a last chunk".into() })
@@ -178,8 +182,7 @@ impl Job {
             sequence.max_tokens,
         );
         let prompt_tokens = u32::try_from(sequence.prompt.len()).unwrap_or(u32::MAX);
-        let detokenizer = service.model.tokenizer.detokenizer(true);
-        let output = TextOutput::new(detokenizer, sequence.stops.clone(), prompt_tokens);
+        let output = TextOutput::new(Arc::clone(&service.model), sequence.stops.clone(), prompt_tokens);
         Self {
             service,
             admitted,

@@ -87,7 +87,7 @@ impl Inference for InferenceService {
         let (request_id, generation) = self.start(Api::GrpcStream, request).await?;
         let seed = generation.seed;
         let chunks = generation.map(move |chunk| {
-            let Chunk { text, tokens, finish } = chunk?;
+            let Chunk { text, tokens, finish, .. } = chunk?;
             let finish_reason =
                 finish.map_or(v1::FinishReason::Unspecified, |finish| wire_reason(finish.reason));
             Ok(v1::GenerateChunk {

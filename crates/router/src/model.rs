@@ -5,15 +5,11 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use crate::error::RouterError;
 use cadre_checkpoint::Checkpoint;
 use cadre_proto::v1;
 use cadre_text::Tokenizer;
 use cadre_types::{Generation, ModelConfig, ModelHash, NumericsClass, PlacementEpoch, SamplingParams};
-use serde_json::{Map, Value};
-
-use crate::error::RouterError;
-
-const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 
 /// Name, tokenizer, limits and defaults of the served model. Immutable.
 #[derive(Debug)]
@@ -38,7 +34,13 @@ impl ServedModel {
     /// Reads a checkpoint's configuration, headers and tokenizer; no weights.
     pub fn load(dir: &Path, name: Option<String>, numerics: NumericsClass) -> Result<Self, RouterError> {
         let checkpoint = Checkpoint::open(dir)?;
-        let tokenizer = Tokenizer::load(dir)?;
+        let tokenizer = Tokenizer::load_for(dir, checkpoint.config())?;
+        for warning in checkpoint.warnings() {
+            tracing::warn!(%warning, "checkpoint");
+        }
+        for warning in tokenizer.warnings() {
+            tracing::warn!(%warning, "checkpoint");
+        }
         let name = match name {
             Some(name) => name,
             None => folder_name(dir)?,
@@ -46,10 +48,10 @@ impl ServedModel {
         Ok(Self {
             name,
             config: checkpoint.config().clone(),
+            defaults: tokenizer.sampling_defaults().clone(),
             tokenizer,
             hash: checkpoint.model_hash(),
             numerics,
-            defaults: sampling_defaults(&dir.join(GENERATION_CONFIG_FILE))?,
             created_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         })
     }
@@ -70,50 +72,23 @@ impl ServedModel {
     }
 }
 
+/// The folder's own name, or of a snapshot in Hugging Face's cache (`models--org--name/snapshots/HASH`) the
+/// repository's: clients know that, and the hash changes with every commit.
 fn folder_name(dir: &Path) -> Result<String, RouterError> {
     let failed = |problem: String| RouterError::File { path: dir.to_owned(), problem };
     let full = dir.canonicalize().map_err(|error| failed(error.to_string()))?;
+    if let Some(name) = cached_repository(&full) {
+        return Ok(name);
+    }
     let name = full.file_name().and_then(|name| name.to_str()).map(str::to_owned);
     name.ok_or_else(|| failed("the folder's name is no text; give the model a name".into()))
 }
 
-/// `generation_config.json` over the neutral values; an absent file changes nothing.
-fn sampling_defaults(path: &Path) -> Result<SamplingParams, RouterError> {
-    let failed = |problem: String| RouterError::File { path: path.to_owned(), problem };
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(SamplingParams::default()),
-        Err(error) => return Err(failed(error.to_string())),
-    };
-    let fields: Map<String, Value> =
-        serde_json::from_slice(&bytes).map_err(|error| failed(format!("no JSON object: {error}")))?;
-    let params = params_of(&fields).map_err(&failed)?;
-    params.validate().map_err(|error| failed(error.to_string()))?;
-    Ok(params)
-}
-
-/// As Hugging Face reads it: `do_sample: false` is greedy, `top_k: 0` keeps all.
-fn params_of(fields: &Map<String, Value>) -> Result<SamplingParams, String> {
-    let number = |name: &str| match fields.get(name) {
-        None | Some(Value::Null) => Ok(None),
-        Some(value) => value
-            .as_f64()
-            .map(|number| Some(number as f32))
-            .ok_or_else(|| format!("{name}: {value} is no number")),
-    };
-    let neutral = SamplingParams::default();
-    let mut params = SamplingParams {
-        temperature: number("temperature")?.unwrap_or(neutral.temperature),
-        top_p: number("top_p")?.unwrap_or(neutral.top_p),
-        top_k: number("top_k")?.map(|k| k as u32).filter(|&k| k > 0),
-        min_p: number("min_p")?.unwrap_or(neutral.min_p),
-        repetition_penalty: number("repetition_penalty")?.unwrap_or(neutral.repetition_penalty),
-        ..neutral
-    };
-    if fields.get("do_sample") == Some(&Value::Bool(false)) {
-        params.temperature = 0.0;
-    }
-    Ok(params)
+fn cached_repository(snapshot: &Path) -> Option<String> {
+    let snapshots = snapshot.parent().filter(|parent| parent.ends_with("snapshots"))?;
+    let repository = snapshots.parent()?.file_name()?.to_str()?.strip_prefix("models--")?;
+    // A repository has one owner at most; its own name may hold the separator.
+    Some(repository.replacen("--", "/", 1)).filter(|name| !name.is_empty())
 }
 
 /// A request's fields over the model's defaults. The seed stays the caller's business.
@@ -135,23 +110,30 @@ pub fn with_defaults(defaults: &SamplingParams, given: &v1::SamplingOptions, see
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-    use serde_json::json;
+    use std::fs;
 
     use super::*;
 
-    fn params(value: Value) -> Result<SamplingParams, String> {
-        params_of(value.as_object().unwrap())
-    }
-
     #[test]
-    fn generation_config_is_read_as_hugging_face_does() {
-        let published = params(json!({"do_sample": true, "temperature": 0.6, "top_p": 0.95})).unwrap();
-        assert_eq!((published.temperature, published.top_p, published.top_k), (0.6, 0.95, None));
-        assert_eq!(params(json!({"do_sample": false, "temperature": 0.6})).unwrap().temperature, 0.0);
-        assert_eq!(params(json!({"top_k": 0})).unwrap().top_k, None);
-        assert_eq!(params(json!({"top_k": 40})).unwrap().top_k, Some(40));
-        assert_eq!(params(json!({})).unwrap(), SamplingParams::default());
-        assert!(params(json!({"top_p": "high"})).unwrap_err().contains("top_p"));
+    fn a_folder_of_the_hugging_face_cache_is_named_by_its_repository() {
+        let root = tempfile::tempdir().unwrap();
+        let name = |path: &str| {
+            let dir = root.path().join(path);
+            fs::create_dir_all(&dir).unwrap();
+            folder_name(&dir).unwrap()
+        };
+        let hash = "4236a6af538feda4548eca9ab308586007567f52";
+        let cache = format!("hub/models--deepseek-ai--DeepSeek-V3--x/snapshots/{hash}");
+        assert_eq!(name(&cache), "deepseek-ai/DeepSeek-V3--x");
+        assert_eq!(name(&format!("models--gpt2/snapshots/{hash}")), "gpt2");
+        assert_eq!(name("models/snapshots/v3"), "v3", "no cache");
+        assert_eq!(name("datasets--a--b/snapshots/v3"), "v3", "no model");
+        assert_eq!(name("models--a--b/refs/v3"), "v3", "no snapshot");
+        assert_eq!(name("models--a--b"), "models--a--b");
+        // Where the cache is pointed at by a link, as in a volume.
+        let link = root.path().join("model");
+        std::os::unix::fs::symlink(root.path().join(&cache), &link).unwrap();
+        assert_eq!(folder_name(&link).unwrap(), "deepseek-ai/DeepSeek-V3--x");
     }
 
     #[test]

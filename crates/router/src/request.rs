@@ -5,7 +5,7 @@
 //! length, which is cut to what the longest sequence served ([`limit_tokens`]) leaves. What no sequence can
 //! hold is refused by its length in bytes before it is tokenized ([`refuse_by_length`]).
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use cadre_proto::v1;
 use cadre_text::{ChatMessage, Content, EncodeError, StopStrings, TemplateError};
@@ -144,6 +144,8 @@ pub struct Context {
     pub limit_tokens: usize,
     /// Most sequences of one request.
     pub max_sequences: u32,
+    /// When the request fails; what it needs a thread for is given up then.
+    pub deadline: Option<Instant>,
 }
 
 /// The longest sequence that is served: the context, or what the largest cache of a worker holds in whole
@@ -204,11 +206,12 @@ pub fn prepare(
         )
     })?;
     let stops = StopStrings::new(submission.stop.clone(), false)
-        .map_err(|error| RequestError::invalid("stop", error.to_string()))?;
+        .map_err(|error| RequestError::invalid("stop", error.to_string()))?
+        .spelling(model.tokenizer.special_texts().map(|(_, text)| text));
     let stop_token_ids = stop_ids(model, &submission)?;
     let mut sequences = Vec::new();
     for (index, input) in submission.inputs.iter().enumerate() {
-        let prompt: Arc<[TokenId]> = tokenize(model, input, index, context.limit_tokens, stop)?.into();
+        let prompt: Arc<[TokenId]> = tokenize(model, input, index, context, stop)?.into();
         let max_tokens = answer_length(model, &submission, prompt.len(), context.limit_tokens)?;
         for _ in 0..submission.n {
             let at = sequences.len() as u64;
@@ -287,9 +290,10 @@ fn tokenize(
     model: &ServedModel,
     input: &Input,
     index: usize,
-    limit_tokens: usize,
+    context: &Context,
     stop: &dyn Fn() -> bool,
 ) -> RequestResult<Vec<TokenId>> {
+    let limit_tokens = context.limit_tokens;
     let encode = |text: &str, add_special: bool, field: &'static str| {
         check_length(model, text, limit_tokens)?;
         model.tokenizer.encode_within(text, add_special, limit_tokens, stop).map_err(|error| match error {
@@ -306,7 +310,8 @@ fn tokenize(
         }
         Input::Chat { messages, variables } => {
             check_messages(messages)?;
-            (encode(&render(model, messages, variables)?, false, "messages")?, "messages")
+            let text = render(model, messages, variables, context.deadline)?;
+            (encode(&text, false, "messages")?, "messages")
         }
     };
     if prompt.is_empty() {
@@ -362,14 +367,18 @@ fn render(
     model: &ServedModel,
     messages: &[ChatMessage],
     variables: &Map<String, Value>,
+    deadline: Option<Instant>,
 ) -> RequestResult<String> {
     let template = model.tokenizer.chat_template().map_err(template_error)?;
-    template.render(messages, None, true, variables).map_err(template_error)
+    template.render_until(messages, None, true, variables, deadline).map_err(template_error)
 }
 
 fn template_error(error: TemplateError) -> RequestError {
     match error {
-        TemplateError::Syntax { .. } => RequestError::Internal { problem: error.to_string() },
+        TemplateError::Busy { .. } | TemplateError::Thread { .. } => {
+            RequestError::Internal { problem: error.to_string() }
+        }
+        error if error.is_the_servers() => RequestError::ChatUnavailable { problem: error.to_string() },
         TemplateError::Reserved { .. } => RequestError::invalid("chat_template_kwargs", error.to_string()),
         _ => RequestError::invalid("messages", error.to_string()),
     }

@@ -170,6 +170,7 @@ impl Service {
             drawn_seed: self.ids.seed(),
             limit_tokens: request::limit_tokens(&self.model, Some(self.capacity(admitted).await?)),
             max_sequences: self.admission.max_sequences(),
+            deadline: Some(admitted.clock.deadline.into_std()),
         };
         request::refuse_by_length(&self.model, &submission, context.limit_tokens)?;
         let model = Arc::clone(&self.model);

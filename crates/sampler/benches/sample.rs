@@ -51,7 +51,7 @@ fn bench(c: &mut Criterion) {
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 position += 1;
-                let history = History { prompt: &prompt, output: &output };
+                let history = History { prompt: &prompt, output: &output, ..History::default() };
                 // Penalties change the row; what they change does not change the time.
                 black_box(sampler.sample(black_box(&mut logits), &params, history, position))
             });

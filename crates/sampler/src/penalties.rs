@@ -75,7 +75,9 @@ mod tests {
 
     fn penalised(logits: &[f32], params: &SamplingParams, prompt: &[u32], output: &[u32]) -> Vec<f32> {
         let mut logits = logits.to_vec();
-        Penalties::default().apply(&mut logits, params, History { prompt, output }).expect("known tokens");
+        Penalties::default()
+            .apply(&mut logits, params, History { prompt, output, ..History::default() })
+            .expect("known tokens");
         logits
     }
 
@@ -103,7 +105,7 @@ mod tests {
         let params = SamplingParams { presence_penalty: 1.0, ..Default::default() };
         for (prompt, output) in [(&[5_u32][..], &[][..]), (&[], &[0, 5])] {
             let error = Penalties::default()
-                .apply(&mut [0.0; 5], &params, History { prompt, output })
+                .apply(&mut [0.0; 5], &params, History { prompt, output, ..History::default() })
                 .expect_err("token 5 of 5");
             assert_eq!(error, SampleError::UnknownToken { token: 5, vocabulary: 5 });
         }

@@ -1,11 +1,12 @@
 //! The order of operations, in one place (docs/sampling.md explains the choice):
 //!
 //! 1. log-softmax of the raw logits, if logprobs are asked for;
-//! 2. penalties: repetition, frequency, presence;
-//! 3. temperature 0: the largest logit, lowest id on a tie, and done;
-//! 4. temperature, top-k, top-p, min-p, in the order of Hugging Face's warpers. Each keeps a prefix of
+//! 2. banned tokens become impossible;
+//! 3. penalties: repetition, frequency, presence;
+//! 4. temperature 0: the largest logit, lowest id on a tie, and done;
+//! 5. temperature, top-k, top-p, min-p, in the order of Hugging Face's warpers. Each keeps a prefix of
 //!    the ranking, so together they are one number: how many candidates remain;
-//! 5. one random number, multiplied with the weight of what remains, names the token by walking down
+//! 6. one random number, multiplied with the weight of what remains, names the token by walking down
 //!    the ranking.
 
 #[cfg(test)]
@@ -30,14 +31,18 @@ pub struct Sampler {
     raw: Vec<f32>,
 }
 
-/// The tokens that penalties look at. With speculation, `output` holds the drafts before the position
-/// as if they had been emitted.
+/// What a choice depends on beside logits and parameters: the tokens that penalties look at, and those
+/// that may not come next. With speculation, `output` holds the drafts before the position as if they had
+/// been emitted.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct History<'a> {
     /// The prompt.
     pub prompt: &'a [TokenId],
     /// What was generated so far.
     pub output: &'a [TokenId],
+    /// Tokens that must not be chosen at this position (EOS and stop ids before `min_tokens`), in any
+    /// order. Ids beyond the vocabulary ban nothing.
+    pub banned: &'a [TokenId],
 }
 
 /// A chosen token.
@@ -79,9 +84,18 @@ impl Sampler {
             (Some(log), Some(count)) => log.top(logits, count as usize, &mut self.candidates),
             _ => Vec::new(),
         };
+        if !history.banned.is_empty() {
+            for &token in history.banned {
+                if let Some(logit) = logits.get_mut(token as usize) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+            largest = checked_largest(logits, position)?;
+        }
         if penalised {
             self.raw.clear();
             if log_softmax.is_some() {
+                // Without the banned ones, of which none is chosen.
                 self.raw.extend_from_slice(logits);
             }
             self.penalties.apply(logits, params, history)?;

@@ -28,21 +28,29 @@ impl Detokenizer {
 
     /// Takes one token and appends to `out` what became certain: whole characters, or nothing. An id
     /// that the tokenizer does not know adds nothing.
-    pub fn push(&mut self, id: TokenId, out: &mut String) {
+    ///
+    /// Returns how many of the characters of this and later calls come before the one that the token's
+    /// first byte belongs to: 1 if it settles that bytes held before it are no character, else 0.
+    pub fn push(&mut self, id: TokenId, out: &mut String) -> usize {
+        let before = self.held.len();
         self.held.extend_from_slice(self.vocabulary.visible(id, self.skip_special));
-        let mut kept = 0;
+        let (mut kept, mut seen, mut broken_before) = (0, 0, 0);
         let mut chunks = self.held.utf8_chunks().peekable();
         while let Some(chunk) = chunks.next() {
             out.push_str(chunk.valid());
             let invalid = chunk.invalid();
+            seen += chunk.valid().len() + invalid.len();
             if chunks.peek().is_none() && may_complete(invalid) {
                 kept = invalid.len();
             } else if !invalid.is_empty() {
                 out.push(char::REPLACEMENT_CHARACTER);
+                // What was held is the beginning of one character at most.
+                broken_before += usize::from(seen <= before);
             }
         }
         let settled = self.held.len() - kept;
         self.held.drain(..settled);
+        broken_before
     }
 
     /// Ends the text: a character that was begun and never completed becomes U+FFFD. Pushing again

@@ -1,8 +1,6 @@
 //! Why a tokenizer could not be loaded or used.
 
-use std::{io, path::PathBuf};
-
-use crate::chat_template::TemplateError;
+use std::{fmt, io, path::PathBuf};
 
 /// Loading names the file and the fix; encoding names the size of the text.
 #[derive(Debug, thiserror::Error)]
@@ -27,13 +25,13 @@ pub enum TextError {
         /// What to do about it.
         fix: &'static str,
     },
-    /// The chat template does not compile.
-    #[error("{}: chat template: {source}; the template must be Jinja as Hugging Face accepts it", path.display())]
-    Template {
-        /// The file that holds the template.
-        path: PathBuf,
-        /// The place and the mistake.
-        source: TemplateError,
+    /// Files of the checkpoint contradict each other.
+    #[error("the files of checkpoint {} contradict each other:\n{}", dir.display(), lines(findings))]
+    Contradictions {
+        /// The folder.
+        dir: PathBuf,
+        /// What contradicts what.
+        findings: Vec<Finding>,
     },
     /// The tokenizer refused a text.
     #[error("encoding a text of {bytes} bytes: {reason}")]
@@ -43,4 +41,30 @@ pub enum TextError {
         /// What the tokenizer said.
         reason: String,
     },
+}
+
+/// Something that two files of a checkpoint do not agree on, or that one of them says and is not done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// The file at fault, as far as one is.
+    pub file: PathBuf,
+    /// The field or part of it.
+    pub subject: String,
+    /// What should be there.
+    pub expected: String,
+    /// What is there.
+    pub found: String,
+    /// What to do, or what is done without.
+    pub fix: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { file, subject, expected, found, fix } = self;
+        write!(f, "{}: {subject}: expected {expected}, found {found}; fix: {fix}", file.display())
+    }
+}
+
+fn lines(findings: &[Finding]) -> String {
+    findings.iter().map(Finding::to_string).collect::<Vec<_>>().join("\n")
 }

@@ -19,12 +19,13 @@
 mod chat_template;
 mod detokenizer;
 mod error;
+mod generation_config;
 mod stop_strings;
 mod tokenizer;
 mod vocabulary;
 
 pub use chat_template::{ChatMessage, ChatTemplate, Content, ContentPart, RenderLimits, TemplateError};
 pub use detokenizer::Detokenizer;
-pub use error::TextError;
+pub use error::{Finding, TextError};
 pub use stop_strings::{MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, StopStrings, StopStringsError};
-pub use tokenizer::{EncodeError, SpecialTokens, Tokenizer};
+pub use tokenizer::{EncodeError, SpecialTokens, Survey, Tokenizer, survey};

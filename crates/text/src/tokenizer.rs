@@ -8,6 +8,7 @@
 //! text does not begin with BOS already; there are never two. A rendered chat template brings its own
 //! BOS and is encoded with `false`, as Hugging Face does.
 
+mod agreement;
 mod files;
 mod pieces;
 #[cfg(test)]
@@ -18,19 +19,24 @@ use std::{
     sync::Arc,
 };
 
-use cadre_types::TokenId;
+use cadre_types::{SamplingParams, TokenId};
 use tokenizers::{DecoderWrapper, ModelWrapper, Tokenizer as Bpe};
 
 use crate::{
     chat_template::{ChatTemplate, TemplateError},
     detokenizer::Detokenizer,
-    error::TextError,
+    error::{Finding, TextError},
+    generation_config,
     vocabulary::Vocabulary,
 };
+pub use agreement::{Survey, survey};
 use files::{Templates, TokenizerConfig};
 use pieces::Pieces;
 
 const TOKENIZER_FILE: &str = "tokenizer.json";
+const TIKTOKEN_FILE: &str = "tiktoken.model";
+const CONVERT: &str = "this checkpoint's tokenizer is tiktoken.model with Python code, which cadre does not \
+     run: convert it to a tokenizer.json once (docs/checkpoint.md says how) and put that beside it";
 const SAME_CHECKPOINT: &str = "copy it unchanged from the checkpoint that the weights came from";
 
 /// A tokenizer with its special tokens and chat template. Immutable, `Send + Sync`; share it in an
@@ -46,7 +52,11 @@ pub struct Tokenizer {
     add_bos: bool,
     add_eos: bool,
     eos_ids: Vec<TokenId>,
-    template: Option<ChatTemplate>,
+    /// The file that names them.
+    eos_file: PathBuf,
+    template: Result<ChatTemplate, TemplateError>,
+    defaults: SamplingParams,
+    warnings: Vec<Finding>,
 }
 
 /// Why a text has no ids.
@@ -101,7 +111,8 @@ impl Tokenizer {
         };
         let bos = id_of("bos_token", &config.special.bos_token)?;
         let eos = id_of("eos_token", &config.special.eos_token)?;
-        let eos_ids = files::eos_ids(dir, eos)?;
+        let (eos_ids, eos_file) = files::eos_ids(dir, eos)?;
+        let defaults = generation_config::sampling_defaults(&dir.join(files::GENERATION_CONFIG_FILE))?;
         let add_bos = match config.add_bos_token {
             Some(add) => add,
             None => bos.is_some() && post_processor_begins_with(&bpe, bos),
@@ -118,8 +129,12 @@ impl Tokenizer {
                 });
             }
         }
-        let template = config.templates.map(|found| compile(found, &config.special)).transpose()?;
-        Ok(Self {
+        let mut warnings = config.warnings;
+        let template = match config.templates {
+            None => Err(TemplateError::Missing),
+            Some(found) => usable(found, &config.special, &mut warnings),
+        };
+        let mut tokenizer = Self {
             pieces: Pieces::of(&bpe),
             bpe,
             vocabulary: Arc::new(vocabulary),
@@ -129,8 +144,25 @@ impl Tokenizer {
             add_bos,
             add_eos,
             eos_ids,
+            eos_file,
             template,
-        })
+            defaults,
+            warnings,
+        };
+        tokenizer.check_added_tokens(dir, &config.added_tokens)?;
+        tokenizer.check_template_tokens();
+        Ok(tokenizer)
+    }
+
+    /// What a request gets for the sampling fields that it leaves out: `generation_config.json` over the
+    /// neutral values.
+    pub fn sampling_defaults(&self) -> &SamplingParams {
+        &self.defaults
+    }
+
+    /// Findings that do not prevent use.
+    pub fn warnings(&self) -> &[Finding] {
+        &self.warnings
     }
 
     /// The ids of a text. Special tokens that the text spells become their ids. With `add_special`,
@@ -236,7 +268,7 @@ impl Tokenizer {
     }
 
     /// The spelling of every special token, by id.
-    pub fn special_texts(&self) -> impl Iterator<Item = (TokenId, &str)> {
+    pub fn special_texts(&self) -> impl Iterator<Item = (TokenId, &str)> + Clone {
         self.vocabulary.special_ids().filter_map(|id| {
             let text = std::str::from_utf8(self.vocabulary.bytes_of(id)?).ok()?;
             Some((id, text))
@@ -245,12 +277,14 @@ impl Tokenizer {
 
     /// The checkpoint's chat template, or the refusal that says it has none.
     pub fn chat_template(&self) -> Result<&ChatTemplate, TemplateError> {
-        self.template.as_ref().ok_or(TemplateError::Missing)
+        self.template.as_ref().map_err(Clone::clone)
     }
 }
 
 fn load_bpe(path: &Path) -> Result<Bpe, TextError> {
-    let bytes = files::read(path, SAME_CHECKPOINT)?;
+    // What Kimi K2 is published with.
+    let is_tiktoken = !path.exists() && path.with_file_name(TIKTOKEN_FILE).exists();
+    let bytes = files::read(path, if is_tiktoken { CONVERT } else { SAME_CHECKPOINT })?;
     let invalid = |reason| TextError::Invalid {
         path: path.to_owned(),
         reason,
@@ -273,12 +307,41 @@ fn post_processor_begins_with(bpe: &Bpe, bos: Option<TokenId>) -> bool {
     bpe.encode_fast("", true).is_ok_and(|encoding| encoding.get_ids().first().copied() == bos)
 }
 
-fn compile(found: Templates, special: &SpecialTokens) -> Result<ChatTemplate, TextError> {
+/// Compiles the templates and renders small conversations. Raw completions need no template, so one that
+/// cannot be used is a warning here and a refusal of every conversation.
+fn usable(
+    found: Templates,
+    special: &SpecialTokens,
+    warnings: &mut Vec<Finding>,
+) -> Result<ChatTemplate, TemplateError> {
     let Templates { path, default, tool_use } = found;
-    let refuse = |path: PathBuf| move |source| TextError::Template { path, source };
-    let template = ChatTemplate::new(default, special.clone()).map_err(refuse(path.clone()))?;
-    match tool_use {
-        Some(source) => template.with_tool_use(source).map_err(refuse(path)),
+    let compiled = ChatTemplate::new(default, special.clone()).and_then(|template| match tool_use {
+        Some(source) => template.with_tool_use(source),
         None => Ok(template),
+    });
+    let mut warn = |found: String, fix: &str| {
+        warnings.push(Finding {
+            file: path.clone(),
+            subject: "chat template".to_owned(),
+            expected: "Jinja as Hugging Face accepts it".to_owned(),
+            found,
+            fix: fix.to_owned(),
+        });
+    };
+    match compiled.and_then(|template| template.trial().map(|failed| (template, failed))) {
+        Ok((template, failed)) => {
+            const SOME: &str = "conversations that reach it are refused with status 501, others are served";
+            for gap in template.gaps() {
+                warn(format!("{gap}, which is not known here"), SOME);
+            }
+            for failure in failed {
+                warn(failure, "correct the template");
+            }
+            Ok(template)
+        }
+        Err(error) => {
+            warn(error.to_string(), "correct the template; until then only raw completions are served");
+            Err(TemplateError::Unusable { reason: error.to_string() })
+        }
     }
 }

@@ -109,7 +109,7 @@ impl Vocabulary {
         self.bytes_of(id).unwrap_or(&[])
     }
 
-    pub(crate) fn special_ids(&self) -> impl Iterator<Item = TokenId> + '_ {
+    pub(crate) fn special_ids(&self) -> impl Iterator<Item = TokenId> + Clone + '_ {
         (0..).zip(&self.kinds).filter(|(_, kind)| **kind == Kind::Special).map(|(id, _)| id)
     }
 }

@@ -98,7 +98,7 @@ pub struct StopConditions {
     pub max_tokens: u32,
     /// Ids that end the sequence and are not part of the text (EOS and the client's own).
     pub stop_token_ids: Vec<TokenId>,
-    /// Generate at least this many tokens before `stop_token_ids` count.
+    /// Generate at least this many tokens: until then none that would end the sequence is chosen.
     pub min_tokens: u32,
     /// Ignore EOS (benches); the client's own stop ids still count because the router leaves EOS out.
     pub ignore_eos: bool,

@@ -138,7 +138,29 @@ const INDEX: &str = "model.safetensors.index.json";
 const GATE: &str = "model.layers.3.mlp.gate.weight";
 const SCALE: &str = "model.layers.2.mlp.experts.5.up_proj.weight_scale_inv";
 
-const DAMAGES: [Damage; 7] = [
+const DAMAGES: [Damage; 9] = [
+    Damage {
+        what: "an end of sequence that no token is",
+        words: &["generation_config.json", "eos_token_id", "4096"],
+        harm: |folder| {
+            checkpoints::edit_json(folder, "generation_config.json", |config| {
+                config["eos_token_id"] = json!(4096);
+            });
+        },
+    },
+    Damage {
+        what: "an added token without an embedding",
+        words: &["tokenizer.json", "vocab_size = 4096", "<|new|>"],
+        harm: |folder| {
+            checkpoints::edit_json(folder, "tokenizer.json", |tokenizer| {
+                let tokens = tokenizer["added_tokens"].as_array_mut().expect("a list");
+                let mut token = tokens[0].clone();
+                token["id"] = json!(4096);
+                token["content"] = json!("<|new|>");
+                tokens.push(token);
+            });
+        },
+    },
     Damage {
         what: "truncated shard",
         words: &[SHARD],

@@ -44,10 +44,18 @@ fn scale_format(fields: &mut Fields<'_>) -> Option<ScaleFormat> {
     match fields.get(NAME) {
         None => Some(ScaleFormat::F32),
         Some(Value::String(text)) if text == "ue8m0" => Some(ScaleFormat::Ue8m0),
+        // What transformers 5 writes for absence.
+        Some(Value::String(text)) if text == "float" => Some(ScaleFormat::F32),
         Some(value) => {
             let found = show(value);
             let fix = "remove the field for F32 scales (V3, R1) or give \"ue8m0\" (V3.1)";
-            fields.problem(ProblemKind::Unsupported, NAME, "\"ue8m0\" or no such field", found, fix);
+            fields.problem(
+                ProblemKind::Unsupported,
+                NAME,
+                "\"ue8m0\", \"float\" or no such field",
+                found,
+                fix,
+            );
             None
         }
     }

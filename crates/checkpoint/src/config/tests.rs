@@ -77,6 +77,34 @@ fn v3_reads_as_published() {
     assert_eq!(names, [("rope_interleave", "true")]);
 }
 
+/// The fields in which Kimi K2's published configuration differs from V3's.
+#[test]
+fn kimi_k2_reads_as_published() {
+    let mut kimi = v3();
+    for (field, value) in [
+        ("model_type", json!("kimi_k2")),
+        ("vocab_size", json!(163_840)),
+        ("n_routed_experts", json!(384)),
+        ("n_group", json!(1)),
+        ("topk_group", json!(1)),
+        ("num_attention_heads", json!(64)),
+        ("first_k_dense_replace", json!(1)),
+        ("routed_scaling_factor", json!(2.827)),
+        ("rope_theta", json!(50_000.0)),
+        ("max_position_embeddings", json!(131_072)),
+        ("num_nextn_predict_layers", json!(0)),
+        ("rope_scaling.beta_fast", json!(1.0)),
+        ("rope_scaling.beta_slow", json!(1.0)),
+        ("rope_scaling.factor", json!(32.0)),
+        ("bos_token_id", json!(163_584)),
+        ("eos_token_id", json!(163_585)),
+    ] {
+        set(&mut kimi, field, Some(value));
+    }
+    let yarn = parse_value(&kimi).unwrap().config.rope_scaling.unwrap();
+    assert_eq!((yarn.beta_fast, yarn.beta_slow, yarn.factor), (1.0, 1.0, 32.0));
+}
+
 #[test]
 fn rendering_reads_back_as_the_same() {
     let v3 = parse_value(&v3()).unwrap().config;
@@ -221,7 +249,7 @@ fn values_that_make_no_model_are_refused() {
         ("max_position_embeddings", json!(0)),
         ("rope_scaling.factor", json!(0.5)),
         ("rope_scaling.original_max_position_embeddings", json!(0)),
-        ("rope_scaling.beta_fast", json!(1)),
+        ("rope_scaling.beta_fast", json!(0.5)),
         ("rope_scaling.beta_slow", json!(0)),
         ("rope_scaling.mscale", json!(-1)),
         ("rope_scaling", json!("yarn")),

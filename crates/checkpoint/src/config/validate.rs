@@ -168,8 +168,9 @@ fn yarn_rules(yarn: &YarnConfig, findings: &mut Findings) {
     );
     let (fast, slow) = (yarn.beta_fast, yarn.beta_slow);
     findings.rule(slow.is_finite() && slow > 0.0, &field("beta_slow"), "a positive number", slow);
-    let expected = format!("greater than beta_slow = {slow}");
-    findings.rule(fast.is_finite() && fast > slow, &field("beta_fast"), expected, fast);
+    // Equal ones (Kimi K2 has 1 and 1) are a ramp of one pair or none.
+    let expected = format!("at least beta_slow = {slow}");
+    findings.rule(fast.is_finite() && fast >= slow, &field("beta_fast"), expected, fast);
     for (name, value) in [("mscale", yarn.mscale), ("mscale_all_dim", yarn.mscale_all_dim)] {
         findings.rule((0.0..=100.0).contains(&value), &field(name), "0 to 100", value);
     }

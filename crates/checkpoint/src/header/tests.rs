@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
-use super::{Dtype, Header, LENGTH_BYTES, parse};
+use super::{Dtype, Header, LENGTH_BYTES, MAX_TENSORS, parse};
 use crate::problem::{About, Problem, ProblemKind};
 
 const FILE: &str = "model-00001-of-000001.safetensors";
@@ -113,6 +113,19 @@ fn what_is_wrong_with_the_file_names_it() {
     let twice = format!(r#"{{"a":{entry},"a":{entry}}}"#);
     let problem = read(&file(&twice, 1)).unwrap_err();
     assert!(problem.found.contains("`a` is given twice"), "{problem}");
+}
+
+#[test]
+fn the_number_of_tensors_is_bounded_while_they_are_read() {
+    let header = |count: usize, end: &str| {
+        let tensor = |at| format!(r#""t{at}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#);
+        let tensors: Vec<String> = (0..count).map(tensor).collect();
+        format!("{{{}{end}", tensors.join(","))
+    };
+    assert_eq!(read(&file(&header(MAX_TENSORS, "}"), 0)).unwrap().entries.len(), MAX_TENSORS);
+    // What follows the first one too many is not even parsed.
+    let problem = read(&file(&header(MAX_TENSORS + 1, ", and no JSON"), 0)).unwrap_err();
+    assert!(problem.expected.contains("at most 262144 tensors"), "{problem}");
 }
 
 proptest! {

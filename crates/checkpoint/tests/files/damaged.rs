@@ -5,13 +5,13 @@ use std::{fs, num::NonZeroUsize};
 use cadre_checkpoint::{
     Checkpoint, CheckpointError, Problem, ProblemKind,
     inspect::{Layout, Options, inspect},
-    synth::WeightFormat,
+    synth::{SynthSpec, WeightFormat},
 };
-use cadre_types::{LayerId, LogicalExpert};
+use cadre_types::{LayerId, LogicalExpert, ModelConfig, config::ScaleFormat};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use crate::fixture::Fixture;
+use crate::fixture::{Fixture, small_spec};
 
 const KV_A: &str = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight";
 const KV_A_SCALE: &str = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv";
@@ -87,7 +87,10 @@ fn missing_scales() {
 #[test]
 fn missing_mtp_layer() {
     let fixture = fp8();
-    fixture.edit_index(|map| map.retain(|name, _| !name.starts_with("model.layers.2.")));
+    // All but one of its tensors are gone.
+    fixture.edit_index(|map| {
+        map.retain(|name, _| !name.starts_with("model.layers.2.") || name.ends_with("enorm.weight"));
+    });
     let problems = fixture.problems();
     assert!(problems.total() > 64, "the collection is bounded, the count is not: {}", problems.total());
     assert_eq!(problems.iter().len(), 64);
@@ -99,6 +102,63 @@ fn missing_mtp_layer() {
     // Following the advice works.
     fixture.edit_config(|config| drop(config.insert("num_nextn_predict_layers".into(), json!(0))));
     assert_eq!(fixture.open().config().total_layers(), 2);
+}
+
+#[test]
+fn an_mtp_layer_without_any_tensor_is_left_out_with_one_warning() {
+    let fixture = fp8();
+    fixture.edit_config(|config| {
+        assert_eq!(config["num_nextn_predict_layers"], 1);
+        // Also written by transformers 5.
+        config["quantization_config"]["scale_fmt"] = json!("float");
+    });
+    let spec = small_spec(WeightFormat::Fp8);
+    let without = Fixture::of(&SynthSpec {
+        config: ModelConfig { num_nextn_predict_layers: 0, ..spec.config.clone() },
+        ..spec
+    });
+    fs::copy(fixture.file("config.json"), without.file("config.json")).unwrap();
+    let checkpoint = without.open();
+    assert_eq!(checkpoint.config().total_layers(), 2);
+    let warnings: Vec<&Problem> = checkpoint.warnings().iter().collect();
+    assert_eq!(warnings.len(), 1, "{}", checkpoint.warnings());
+    let index = without.file("model.safetensors.index.json");
+    assert_names(
+        warnings[0],
+        ProblemKind::MissingTensor,
+        &index,
+        &["num_nextn_predict_layers", "without its MTP layer"],
+    );
+    assert_eq!(checkpoint.config().quantization.as_ref().unwrap().scale_fmt, ScaleFormat::F32);
+}
+
+#[test]
+fn fused_experts_give_one_hint() {
+    let fixture = Fixture::new(WeightFormat::Bf16);
+    for layer in [1, 2] {
+        let prefix = format!("model.layers.{layer}.mlp.experts.");
+        let first = format!("{prefix}0.gate_proj.weight");
+        let file = fixture.edit_shard(&first, |header, data| {
+            for (name, bytes) in [("gate_up_proj", 8), ("down_proj", 4)] {
+                let end = data.len();
+                data.resize(end + bytes, 0);
+                let entry =
+                    json!({"dtype": "BF16", "shape": [bytes / 2], "data_offsets": [end, end + bytes]});
+                header.insert(format!("{prefix}{name}"), entry);
+            }
+        });
+        let name = json!(file.file_name().unwrap().to_str().unwrap());
+        fixture.edit_index(|map| {
+            map.retain(|tensor, _| !tensor.starts_with(&prefix));
+            for tensor in ["gate_up_proj", "down_proj"] {
+                map.insert(format!("{prefix}{tensor}"), name.clone());
+            }
+        });
+    }
+    let problem = fixture.problem();
+    assert_eq!(problem.kind, ProblemKind::Unsupported);
+    assert!(problem.subject.contains("model.layers.1.mlp.experts."), "{problem}");
+    assert!(problem.fix.contains("save_original_format=True"), "{problem}");
 }
 
 #[test]

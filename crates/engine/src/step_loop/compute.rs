@@ -15,7 +15,7 @@ use crate::{
     stats::{StepSample, add},
 };
 
-use super::{Part, StepLoop, handoff_out::StepWatch, nanos};
+use super::{Part, StepLoop, banned, handoff_out::StepWatch, nanos};
 
 impl<B: Backend> StepLoop<B> {
     pub(super) fn step(&mut self, plan: &StepPlan) {
@@ -112,7 +112,9 @@ impl<B: Backend> StepLoop<B> {
         let width = self.model.config().vocab_size;
         let logits = &mut self.output.logits[row * width..(row + 1) * width];
         let (sequence, entry) = (planned(&self.scheduler, id), &self.entries[&id]);
-        let history = History { prompt: sequence.prompt(), output: sequence.output() };
+        let output = sequence.output();
+        let banned = banned(&entry.stop, &self.model.config().eos_token_ids, output.len());
+        let history = History { prompt: sequence.prompt(), output, banned: &banned };
         let sample = self
             .sampler
             .sample(logits, &entry.sampling, history, position)

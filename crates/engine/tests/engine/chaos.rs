@@ -43,6 +43,7 @@ async fn cut_handoff(engine: &EngineHandle, name: &str, tokens: u32, messages: u
             request_id: format!("{name}-prefill"),
             prompt: prompt.clone(),
             sampling: sequence.sampling,
+            stop: sequence.stop,
             deadline: None,
         })
         .unwrap();

@@ -81,6 +81,7 @@ async fn stopping_ends_what_runs_and_refuses_what_comes() {
             request_id: "prefilling".into(),
             prompt: prompt(2, 300),
             sampling: Default::default(),
+            stop: Default::default(),
             deadline: None,
         })
         .unwrap();

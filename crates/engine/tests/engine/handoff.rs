@@ -32,6 +32,7 @@ fn prefill_of(request: &SequenceRequest) -> PrefillRequest {
         request_id: request.request_id.clone(),
         prompt: request.prompt.clone(),
         sampling: request.sampling.clone(),
+        stop: request.stop.clone(),
         deadline: request.deadline,
     }
 }

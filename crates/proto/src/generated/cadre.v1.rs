@@ -192,7 +192,7 @@ pub struct GenerateRequest {
     /// Token ids that end the text, beside EOS.
     #[prost(uint32, repeated, tag = "8")]
     pub stop_token_ids: ::prost::alloc::vec::Vec<u32>,
-    /// Generate at least this many tokens before EOS or a stop id counts.
+    /// Generate at least this many tokens: until then neither EOS nor a stop id is chosen.
     #[prost(uint32, tag = "9")]
     pub min_tokens: u32,
     /// Do not stop at EOS (for benches).
@@ -796,8 +796,10 @@ pub struct DecodeRequest {
     pub sampling: ::core::option::Option<SamplingParams>,
     #[prost(uint32, tag = "5")]
     pub max_tokens: u32,
+    /// Ids that end the sequence; EOS is among them unless the client ignores it.
     #[prost(uint32, repeated, tag = "6")]
     pub stop_token_ids: ::prost::alloc::vec::Vec<u32>,
+    /// Until so many tokens are there, no stop id is chosen.
     #[prost(uint32, tag = "7")]
     pub min_tokens: u32,
     #[prost(enumeration = "PrefillMode", tag = "8")]
@@ -843,6 +845,11 @@ pub struct PrefillRequest {
     /// Where the KV goes: `host:port` of a worker that has answered Reserved for this request_id.
     #[prost(string, tag = "5")]
     pub decode_address: ::prost::alloc::string::String,
+    /// As in DecodeRequest: the first token is none of these ids if min_tokens is above 0.
+    #[prost(uint32, repeated, tag = "6")]
+    pub stop_token_ids: ::prost::alloc::vec::Vec<u32>,
+    #[prost(uint32, tag = "7")]
+    pub min_tokens: u32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PrefillEvent {

@@ -30,6 +30,8 @@ impl Prefill {
                 prompt: job.sequence.prompt.to_vec(),
                 sampling: Some((&job.sequence.sampling).into()),
                 decode_address: reserved.member.address.clone(),
+                stop_token_ids: job.sequence.stop_token_ids.clone(),
+                min_tokens: job.sequence.min_tokens,
             },
             clock: job.admitted.clock,
             stall: job.service.limits.stall_timeout,

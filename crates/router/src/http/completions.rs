@@ -1,6 +1,6 @@
 //! `/v1/completions`: raw prompts, as text or token ids, one or several.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::sync::Arc;
 
 use axum::{Extension, body::Body, extract::State, http::HeaderMap, response::Response};
 use serde_json::{Value, json};
@@ -33,11 +33,8 @@ pub(super) async fn handle(
     match receive(&service, Api::HttpCompletions, id, &headers, body, read).await {
         Err(error) => error_response(&error),
         Ok((admitted, submission, delivery)) => {
-            let shape = Completions {
-                model: Arc::clone(&service.model),
-                logprobs: submission.sampling.logprobs,
-                offsets: BTreeMap::new(),
-            };
+            let shape =
+                Completions { model: Arc::clone(&service.model), logprobs: submission.sampling.logprobs };
             respond(&service, admitted, submission, delivery, shape).await
         }
     }
@@ -81,15 +78,12 @@ fn prompts(value: Option<Value>) -> RequestResult<Vec<Input>> {
 struct Completions {
     model: Arc<ServedModel>,
     logprobs: Option<u32>,
-    /// Characters written so far, by choice.
-    offsets: BTreeMap<usize, usize>,
 }
 
 impl Completions {
-    fn logprobs(&mut self, index: usize, tokens: &[cadre_proto::v1::GeneratedToken]) -> Value {
+    fn logprobs(&self, tokens: &[cadre_proto::v1::GeneratedToken], offsets: &[usize]) -> Value {
         let Some(count) = self.logprobs else { return Value::Null };
-        let offset = self.offsets.entry(index).or_default();
-        logprobs::completions(&self.model.tokenizer, tokens, count > 0, offset)
+        logprobs::completions(&self.model.tokenizer, tokens, offsets, count > 0)
     }
 }
 
@@ -106,7 +100,7 @@ impl Shape for Completions {
         json!({
             "index": index,
             "text": completion.text,
-            "logprobs": self.logprobs(index, &completion.tokens),
+            "logprobs": self.logprobs(&completion.tokens, &completion.text_offsets),
             "finish_reason": reason(completion.finish.reason),
         })
     }
@@ -118,7 +112,7 @@ impl Shape for Completions {
     fn piece(&mut self, index: usize, chunk: &Chunk) -> Option<Value> {
         let logprobs = match chunk.tokens.is_empty() {
             true => Value::Null,
-            false => self.logprobs(index, &chunk.tokens),
+            false => self.logprobs(&chunk.tokens, &chunk.text_offsets),
         };
         if chunk.text.is_empty() && logprobs.is_null() {
             return None;

@@ -1,19 +1,24 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{path::Path, sync::LazyLock};
+use std::{
+    path::{Path, PathBuf},
+    sync::LazyLock,
+};
 
-use cadre_types::NumericsClass;
+use cadre_types::{FinishReason, NumericsClass};
 
 use super::*;
 
-static MODEL: LazyLock<ServedModel> = LazyLock::new(|| {
-    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/pocket");
-    ServedModel::load(Path::new(dir), None, NumericsClass::Bf16).unwrap()
-});
+static MODEL: LazyLock<ServedModel> =
+    LazyLock::new(|| ServedModel::load(&dir(), None, NumericsClass::Bf16).unwrap());
+
+fn dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/pocket")
+}
 
 fn context(capacity_tokens: Option<u64>) -> Context {
     let limit_tokens = limit_tokens(&MODEL, capacity_tokens);
-    Context { request_id: "r".into(), drawn_seed: 5, limit_tokens, max_sequences: 8 }
+    Context { request_id: "r".into(), drawn_seed: 5, limit_tokens, max_sequences: 8, deadline: None }
 }
 
 fn prepare(
@@ -148,4 +153,55 @@ fn eos_is_a_stop_id_unless_ignored_and_ids_are_not_repeated() {
     assert_eq!(stops(false), [eos, 9]);
     let submission = Submission { stop_token_ids: vec![9], ignore_eos: true, ..submission(1) };
     assert_eq!(prepare(&MODEL, submission, &context(None)).unwrap()[0].stop_token_ids, [9]);
+}
+
+#[test]
+fn whose_fault_a_template_is_decides_the_status() {
+    let of = |error: TemplateError| {
+        let error = template_error(error);
+        (error.http_status(), error.openai_code(), error.code())
+    };
+    let reason = || "x".to_owned();
+    let unavailable = (501, "chat_unavailable", tonic::Code::Unimplemented);
+    assert_eq!(of(TemplateError::Missing), unavailable);
+    assert_eq!(of(TemplateError::Unusable { reason: reason() }), unavailable);
+    assert_eq!(of(TemplateError::Gap { reason: reason() }), unavailable);
+    let callers = (400, "invalid_value", tonic::Code::InvalidArgument);
+    assert_eq!(of(TemplateError::Raised { message: reason() }), callers);
+    assert_eq!(of(TemplateError::Role { index: 0, role: reason() }), callers);
+}
+
+#[test]
+fn a_stop_string_may_spell_a_special_token() {
+    let (id, text) = MODEL.tokenizer.special_texts().nth(3).unwrap();
+    let submission = Submission { stop: vec![text.to_owned()], ..submission(1) };
+    let sequence = prepare(&MODEL, submission, &context(None)).unwrap().remove(0);
+    let model = Arc::new(ServedModel::load(&dir(), None, NumericsClass::Bf16).unwrap());
+    let mut output = crate::output::TextOutput::new(model, sequence.stops, 1);
+    let token = |token| v1::GeneratedToken { token, ..Default::default() };
+    let letter = MODEL.tokenizer.encode("a", false).unwrap()[0];
+    let first = output.push(token(letter));
+    assert_eq!((first.text.as_str(), first.finish), ("a", None));
+    let last = output.push(token(id));
+    assert_eq!((last.text.as_str(), last.finish.map(|finish| finish.reason)), ("", Some(FinishReason::Stop)));
+}
+
+#[test]
+fn offsets_count_the_characters_of_the_answer() {
+    let model = Arc::new(ServedModel::load(&dir(), None, NumericsClass::Bf16).unwrap());
+    let stops = StopStrings::new(vec!["zz".to_owned()], false).unwrap();
+    let mut output = crate::output::TextOutput::new(model, stops, 1);
+    let ids = MODEL.tokenizer.encode("木 Úz", false).unwrap();
+    let (mut text, mut offsets) = (String::new(), Vec::new());
+    for token in ids {
+        let chunk = output.push(v1::GeneratedToken { token, ..Default::default() });
+        text.push_str(&chunk.text);
+        offsets.extend(chunk.text_offsets);
+    }
+    text.push_str(&output.finish(FinishReason::Length).text);
+    assert_eq!(text, "木 Úz", "z was held back");
+    // Each token's place in the text is where its first byte's character is.
+    let characters = text.chars().count();
+    assert!(offsets.is_sorted() && offsets.iter().all(|&offset| offset < characters), "{offsets:?}");
+    assert_eq!((offsets[..3].to_vec(), offsets.last()), (vec![0, 0, 0], Some(&3)));
 }

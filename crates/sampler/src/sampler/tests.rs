@@ -51,9 +51,33 @@ mod greedy_choice {
     }
 
     #[test]
+    fn banned_tokens_are_not_chosen() {
+        let row = [1.0, 2.5, 2.0, 0.0];
+        // 9 is beyond the vocabulary.
+        let history = History { banned: &[2, 1, 9], ..History::default() };
+        let sample = |params: &SamplingParams| Sampler::new().sample(&mut row.clone(), params, history, 0);
+        assert_eq!(sample(&greedy()).unwrap().token, 0);
+        for seed in 0..200 {
+            let params = SamplingParams { seed, temperature: 2.0, top_p: 0.9, ..Default::default() };
+            assert!([0, 3].contains(&sample(&params).unwrap().token));
+        }
+        // Also when a penalty would lift them, and logprobs are still the model's own.
+        let params = SamplingParams { repetition_penalty: 0.5, logprobs: Some(2), ..greedy() };
+        let history = History { output: &[1, 2], ..history };
+        let banned = Sampler::new().sample(&mut row.clone(), &params, history, 0).unwrap();
+        let free = Sampler::new().sample(&mut row.clone(), &params, History::default(), 0).unwrap();
+        assert_eq!((banned.token, &banned.top), (0, &free.top));
+        let exact = 1.0 - row.iter().map(|logit: &f32| logit.exp()).sum::<f32>().ln();
+        assert!((banned.logprob.unwrap().logprob - exact).abs() < 1e-6);
+        let all = History { banned: &[0, 1, 2, 3], ..History::default() };
+        let error = Sampler::new().sample(&mut row.clone(), &greedy(), all, 7).unwrap_err();
+        assert_eq!(error, SampleError::NoCandidate { position: 7, vocabulary: 4 });
+    }
+
+    #[test]
     fn penalties_do_matter() {
         let params = SamplingParams { frequency_penalty: 1.0, ..greedy() };
-        let history = History { prompt: &[], output: &[1, 1] };
+        let history = History { prompt: &[], output: &[1, 1], ..History::default() };
         let sample = Sampler::new().sample(&mut [1.0, 2.5, 0.0], &params, history, 9).unwrap();
         assert_eq!(sample.token, 0);
     }
@@ -99,7 +123,7 @@ mod refusals {
     #[test]
     fn a_penalty_that_overflows() {
         let params = SamplingParams { repetition_penalty: f32::MIN_POSITIVE, ..Default::default() };
-        let history = History { prompt: &[1], output: &[] };
+        let history = History { prompt: &[1], output: &[], ..History::default() };
         let error = Sampler::new().sample(&mut [0.0, 9.0], &params, history, 3).unwrap_err();
         assert_eq!(error, SampleError::NotFinite { position: 3, token: 1, value: f32::INFINITY });
     }
@@ -240,7 +264,7 @@ mod determinism {
             SamplingParams { min_p: 0.02, temperature: 1.7, seed: 4, ..Default::default() },
             greedy(),
         ];
-        let history = History { prompt: &[1, 2, 3], output: &[40, 41, 40] };
+        let history = History { prompt: &[1, 2, 3], output: &[40, 41, 40], ..History::default() };
         let mut used = Sampler::new();
         for position in 0..50 {
             for params in requests.iter().chain(requests.iter().rev()) {
@@ -279,7 +303,7 @@ mod determinism {
             presence_penalty: -0.0,
             ..plain.clone()
         };
-        let history = History { prompt: &[0, 1, 2], output: &[3, 4, 5] };
+        let history = History { prompt: &[0, 1, 2], output: &[3, 4, 5], ..History::default() };
         for position in 0..500 {
             let mut scratch = row.clone();
             let sample = Sampler::new().sample(&mut scratch, &off, history, position).unwrap();
@@ -301,7 +325,7 @@ mod logprobs {
         let params =
             SamplingParams { logprobs: Some(3), presence_penalty: 2.0, repetition_penalty: 4.0, ..greedy() };
         // Token 2 becomes 0.5 and still wins: 1 and 3 become -1.25.
-        let history = History { prompt: &[2], output: &[1, 3] };
+        let history = History { prompt: &[2], output: &[1, 3], ..History::default() };
         let sample = Sampler::new().sample(&mut row.clone(), &params, history, 0).unwrap();
         assert_eq!(sample.token, 2);
         let chosen = sample.logprob.unwrap();

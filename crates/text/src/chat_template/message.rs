@@ -7,7 +7,7 @@ use serde_json::Map;
 use super::TemplateError;
 
 /// One message. Fields beyond role and content (`name`, `tool_calls`, `tool_call_id`,
-/// `reasoning_content`) reach the template as they came.
+/// `reasoning_content`) reach the template as they came, but for null and empty lists, which it does not see.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ChatMessage {
     /// `system`, `developer` (rendered as `system`, whose newer name it is), `user`, `assistant` or
@@ -69,10 +69,37 @@ pub(super) fn to_values(messages: &[ChatMessage], limit: usize) -> Result<Vec<Va
             .extra
             .iter()
             .filter(|(name, _)| !matches!(name.as_str(), "role" | "content"))
-            .map(|(name, value)| (name.as_str(), Value::from(Serde(value))));
+            .filter_map(|(name, value)| Some((name.as_str(), present(value)?)));
         values.push(Value::from_pairs(own.into_iter().chain(extra)));
     }
     Ok(values)
+}
+
+/// A value of the request as templates see it, and nothing for null and the empty list, at every depth:
+/// clients write them for what is not there (`"tool_calls": null`), and templates ask with `is defined` or
+/// `in` whether it is. Arguments of a tool call are the caller's data and stay as they are.
+pub(super) fn present(value: &serde_json::Value) -> Option<Value> {
+    use serde_json::Value as Json;
+    match value {
+        Json::Null => None,
+        Json::Array(items) if items.is_empty() => None,
+        Json::Array(items) => {
+            // Places in a list mean something.
+            let items = items.iter().map(|item| present(item).unwrap_or(Value::from(())));
+            Some(items.collect())
+        }
+        Json::Object(fields) => {
+            let fields = fields.iter().filter_map(|(name, value)| {
+                let value = match name.as_str() {
+                    "arguments" | "parameters" => Some(Value::from(Serde(value))),
+                    _ => present(value),
+                };
+                Some((name.as_str(), value?))
+            });
+            Some(Value::from_pairs(fields))
+        }
+        plain => Some(Value::from(Serde(plain))),
+    }
 }
 
 fn role(index: usize, role: &str) -> Result<&str, TemplateError> {

@@ -5,12 +5,15 @@
 
 use std::io::{self, Write};
 
-use minijinja::{Error, ErrorKind, Value, value::Kwargs};
+use minijinja::{Error, ErrorKind, State, Value, value::Kwargs};
 use serde::Serialize;
 use serde_json::ser::{CharEscape, Formatter, Serializer};
 
+use super::bounded;
+
 /// `value | tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
-pub(super) fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
+pub(super) fn tojson(state: &mut State<'_, '_>, value: &Value, options: Kwargs) -> Result<String, Error> {
+    bounded::check(state, value)?;
     let indent: Option<usize> = options.get("indent")?;
     let separators: Option<Value> = options.get("separators")?;
     let ensure_ascii = options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);

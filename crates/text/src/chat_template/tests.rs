@@ -55,6 +55,99 @@ fn the_cases_rendered_by_jinja2() {
     }
 }
 
+/// What Python's methods and Jinja's filters give (tests/templates/render.py).
+#[test]
+fn methods_filters_and_statements_are_those_of_jinja() {
+    let cases: Vec<Json> = serde_json::from_str(include_str!("../../tests/templates/compat.json")).unwrap();
+    assert!(cases.len() > 500);
+    let extra = json!({"user": {"name": "Ann"}}).as_object().unwrap().clone();
+    let conversation = messages(json!([{"role": "user", "content": "hi"}]));
+    let mut wrong = Vec::new();
+    for case in &cases {
+        let source = case["template"].as_str().unwrap();
+        let rendered = ChatTemplate::new(source.to_owned(), special())
+            .and_then(|template| template.render(&conversation, None, false, &extra));
+        if rendered.as_deref() != Ok(case["expected"].as_str().unwrap()) {
+            wrong.push(format!("{source}\n  expected {}\n  found    {rendered:?}", case["expected"]));
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+}
+
+/// R1's template asks whether a message has the field.
+#[test]
+fn nothing_is_absent_at_every_depth() {
+    let source = "{% for m in messages %}{{ 'tool_calls' in m }}{{ m.content }}\
+                  {% for c in m.tool_calls %}{{ c.function.items()|list }}{{ c.id is defined }}{% endfor %}|{% endfor %}\
+                  {{ thinking is defined }}{{ documents is defined }}";
+    let conversation = json!([
+        {"role": "assistant", "content": "a", "tool_calls": null},
+        {"role": "assistant", "content": "b", "tool_calls": []},
+        {"role": "assistant", "content": null, "tool_calls": [
+            {"id": null, "function": {"name": "f", "strict": null, "arguments": {"x": null, "y": []}}}]},
+    ]);
+    let extra = json!({"thinking": null, "documents": []}).as_object().unwrap().clone();
+    assert_eq!(
+        template(source).render(&messages(conversation), None, false, &extra).as_deref(),
+        Ok("Falsea|Falseb|TrueNone[('name', 'f'), ('arguments', {'x': None, 'y': []})]False|FalseFalse")
+    );
+}
+
+mod gaps {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_known_before_any_conversation() {
+        let source = "{{ 'a'|upper }}{% if x %}{{ y|nofilter }}{% endif %}\n{{ 1 is notest }}{{ x is not defined }}\n\
+                      {{ 'a'.nomethod(1) }}{{ nofunction() }}{{ raise_exception('x') if false }}{{ x.strip() }}\
+                      {% macro m(f) %}{{ f() }}{% endmacro %}{{ m(range) }}{% filter upper %}{% endfilter %}\
+                      {{ 'nofilter() | text' }}{# nofunction2() #}";
+        let expected = [
+            "filter \"nofilter\" (line 1)",
+            "test \"notest\" (line 2)",
+            "method \"nomethod\" (line 3)",
+            "function \"nofunction\" (line 3)",
+        ];
+        assert_eq!(template(source).gaps(), expected);
+        assert!(crate::tokenizer::tests::pocket().chat_template().unwrap().gaps().is_empty());
+    }
+
+    #[test]
+    fn a_gap_is_not_the_callers_fault() {
+        let hi = || json!([{"role": "user", "content": "hi"}, {"role": "assistant", "content": null}]);
+        for source in ["{{ 1|nofilter }}", "{{ 1 is notest }}", "{{ nofunction() }}", "{{ 'a'.nomethod() }}"]
+        {
+            let error = render(source, hi()).unwrap_err();
+            assert!(
+                matches!(error, TemplateError::Gap { .. }) && error.is_the_servers(),
+                "{source}: {error}"
+            );
+        }
+        // A method that strings have, on the content that this message lacks.
+        for source in ["{{ messages[1].content.strip() }}", "{{ messages[0].content.x.y }}"] {
+            let error = render(source, hi()).unwrap_err();
+            assert!(
+                matches!(error, TemplateError::Render { .. }) && !error.is_the_servers(),
+                "{source}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_trial_tells_a_broken_template_from_a_strict_one() {
+        assert_eq!(template("{{ messages[0].content }}").trial(), Ok(vec![]));
+        let strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}";
+        assert_eq!(template(strict).trial(), Ok(vec![]));
+        assert!(matches!(
+            template("{{ messages[0].content|nofilter }}").trial(),
+            Err(TemplateError::Gap { .. })
+        ));
+        let some = "{% if messages|length > 2 %}{{ 1|nofilter }}{% endif %}";
+        let failed = template(some).trial().unwrap();
+        assert!(failed.len() == 1 && failed[0].contains("user, assistant, user fails"), "{failed:?}");
+    }
+}
+
 #[test]
 fn content_in_parts_is_joined() {
     let parts = json!([{"role": "user", "content": [
@@ -126,6 +219,156 @@ mod bounds {
         assert_eq!(rendered, Err(TemplateError::OutOfFuel { fuel: 10_000 }));
     }
 
+    /// The error of a source that is not even parsed.
+    fn refused(source: String) -> String {
+        match ChatTemplate::new(source, special()) {
+            Err(TemplateError::Syntax { reason }) => reason,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_depth_of_a_source_is_bounded_before_it_is_parsed() {
+        let most = source::MAX_TAG_TOKENS;
+        for part in ["+ 1 ", "~ x ", "|upper ", ".x ", "[0] ", "and y ", "if a else b ", ", (1) "] {
+            let reason = refused(format!("\n{{{{ x {}}}}}", part.repeat(50_000)));
+            assert!(reason.contains("more than 2048 tokens") && reason.contains(":2)"), "{part}: {reason}");
+        }
+        for open in ["(", "[", "not ", "-", "{0:"] {
+            let reason = refused(format!("{{{{ {}x }}}}", open.repeat(100_000)));
+            assert!(reason.contains("more than 2048 tokens"), "{open}: {reason}");
+        }
+        // What is accepted is also compiled and rendered: the stack is deep enough for the deepest tree.
+        let chain = format!("{{{{ 1 {}}}}}", "+ 1 ".repeat(most / 2 - 1));
+        assert_eq!(render(&chain, json!([])), Ok((most / 2).to_string()));
+        for open in ["not ", "-"] {
+            let deep = format!("{{{{ {}1 }}}}", open.repeat(most - 1));
+            // Refused by the parser or rendered; either way the stack holds.
+            let _ = ChatTemplate::new(deep, special())
+                .map(|template| template.render(&[], None, false, &Map::new()));
+        }
+        let elifs = |count| format!("{{% if x %}}a{}{{% endif %}}", "{% elif x %}b".repeat(count));
+        assert_eq!(render(&elifs(source::MAX_ELIFS), json!([])), Ok(String::new()));
+        assert!(refused(elifs(source::MAX_ELIFS + 1)).contains("elif"));
+        let nested = |depth| format!("{}{}", "{% if 1 %}".repeat(depth), "{% endif %}".repeat(depth));
+        assert!(refused(nested(10_000)).contains("recursion"));
+        assert!(refused("x".repeat(source::MAX_SOURCE_BYTES + 1)).contains("bytes of source"));
+    }
+
+    #[test]
+    fn what_is_not_ended_is_a_syntax_error() {
+        for source in ["{{ 'a", "{{ a", "{% if x", "{# a", "{% raw %}{{ a }}", "{{ \"\\\" }}", "{%", "{{-"] {
+            assert!(refused(source.to_owned()).starts_with("syntax error"), "{source}");
+        }
+    }
+
+    /// A value that doubles in a loop, by every operator, and everything that makes something of it.
+    #[test]
+    fn values_that_double_are_bounded() {
+        let limits = RenderLimits { time: Duration::from_secs(60), ..Default::default() };
+        for grow in [
+            "ns.x ~ ns.x",
+            "ns.x + ns.x",
+            "ns.x * 2",
+            "[ns.x, ns.x]",
+            "{'a': ns.x, 'b': ns.x}",
+            "(ns.x, ns.x)",
+        ] {
+            for use_it in [
+                "ns.x",
+                "ns.x|tojson",
+                "ns.x|string",
+                "ns.x|join(',')",
+                "'%s' % ns.x",
+                "'{}'.format(ns.x)",
+                "ns.x|pprint",
+                "ns.x|list|tojson(indent=2)",
+                "ns.x|wordcount",
+                "{ns.x: 1}|urlencode",
+            ] {
+                for seed in ["'aa'", "['a']"] {
+                    let source = format!(
+                        "{{% set ns = namespace(x={seed}) %}}{{% for i in range(64) %}}{{% set ns.x = {grow} %}}{{% endfor %}}\
+                         {{% set copy %}}{{{{ {use_it} }}}}{{% endset %}}{{{{ copy|length }}}}"
+                    );
+                    let rendered =
+                        template(&source).with_limits(limits).render(&[], None, false, &Map::new());
+                    assert!(
+                        matches!(
+                            rendered,
+                            Err(TemplateError::OutOfFuel { .. } | TemplateError::Render { .. })
+                        ),
+                        "{source}: {rendered:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    /// Names that a value could grow by, beside `set`.
+    #[test]
+    fn values_that_grow_by_any_name_are_bounded() {
+        let repeat =
+            |part: &str, end: &str, times: usize| format!("{}{}", part.repeat(times), end.repeat(times));
+        let sources = [
+            "{% macro m(x, n) %}{% if n %}{{ m(x + x, n - 1) }}{% endif %}{% endmacro %}{{ m([1], 100) }}".to_owned(),
+            "{% macro m(n) -%} {% if n %}{{ m(n - 1, varargs + varargs) }}{% endif %}\
+             {% endmacro %}{{ m(100, 1) }}"
+                .to_owned(),
+            format!("{{% with x = [1]{} %}}{{{{ x|length }}}}{{% endwith %}}", ", x = x + x".repeat(60)),
+            format!("{{% set x = [1] %}}{}", repeat("{% for x in [x + x] %}", "{% endfor %}", 60)),
+            format!("{{% set x = [1] %}}{}", repeat("{% set x = x + x %}", "", 60)),
+            "{% for x in [[1]] recursive %}{{ loop([x + x]) }}{% endfor %}".to_owned(),
+            "{% set ns = namespace(x='aaaaaaaaaaaaaaaa') %}{% for i in range(30) %}{% set ns.x = [ns.x] * 9 %}{% endfor %}".to_owned(),
+        ];
+        for source in sources {
+            let rendered = render(&source, json!([]));
+            assert!(
+                matches!(rendered, Err(TemplateError::OutOfFuel { .. } | TemplateError::Render { .. })),
+                "{source}: {rendered:?}"
+            );
+        }
+    }
+
+    /// What collects in a loop is no growth to be refused: a conversation of 1,000 messages.
+    #[test]
+    fn a_template_may_collect() {
+        let source = "{% set ns = namespace(all=[], text='') %}{% for m in messages %}{% set ns.all = ns.all + [m] %}\
+                      {% set last = m %}{% endfor %}{{ ns.all|length }}{{ ns.all[999].content }}{{ loop is defined }}\
+                      {% for m in ns.all if m.content == '7' %}{{ loop.index }}{% endfor %}";
+        let turns: Vec<Json> =
+            (0..1000).map(|turn| json!({"role": "user", "content": turn.to_string()})).collect();
+        assert_eq!(render(source, json!(turns)), Ok("1000999False1".to_owned()));
+    }
+
+    /// As deep as the fuel lets it become: dropping it recurses.
+    #[test]
+    fn a_value_as_deep_as_the_fuel_allows_is_dropped() {
+        for nest in ["[ns.x]", "{'a': ns.x}", "(ns.x,)"] {
+            for use_it in ["", "{{ ns.x }}", "{{ ns.x|tojson }}"] {
+                let source = format!(
+                    "{{% set ns = namespace(x=1) %}}{{% for j in range(10) %}}{{% for i in range(20000) %}}\
+                     {{% set ns.x = {nest} %}}{{% endfor %}}{use_it}{{% endfor %}}"
+                );
+                let rendered = render(&source, json!([]));
+                assert!(!matches!(rendered, Err(TemplateError::Thread { .. })), "{source}: {rendered:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_deadline_of_a_request_ends_the_wait() {
+        let template = template("ok");
+        let past = Some(Instant::now());
+        let rendered = template.render_until(&[], None, false, &Map::new(), past);
+        assert!(
+            matches!(rendered, Ok(_) | Err(TemplateError::TooSlow { .. } | TemplateError::Busy { .. })),
+            "{rendered:?}"
+        );
+        let later = Some(Instant::now() + Duration::from_secs(60));
+        assert_eq!(template.render_until(&[], None, false, &Map::new(), later), Ok("ok".to_owned()));
+    }
+
     #[test]
     fn output_ends_at_its_limit() {
         let limits = RenderLimits { text_bytes: 100, ..Default::default() };
@@ -190,4 +433,96 @@ fn dates_over_leap_years() {
     assert_eq!(at(1_735_689_600, "%F %-j %-d/%-m %-I%p"), "2025-01-01 1 1/1 12AM");
     assert_eq!(at(4_107_542_400, "%F %a"), "2100-03-01 Mon");
     assert_eq!(at(1_772_874_302, "%H:%M:%S"), "09:05:02");
+}
+
+mod hostile {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PIECES: [&str; 60] = [
+        "{{",
+        "}}",
+        "{%",
+        "%}",
+        "{#",
+        "#}",
+        "{%-",
+        "-%}",
+        "'",
+        "\"",
+        "\\",
+        "\n",
+        " ",
+        "(",
+        ")",
+        "[",
+        "]",
+        "{",
+        "}",
+        ",",
+        ".",
+        "|",
+        "%",
+        "=",
+        "~",
+        "+",
+        "-",
+        "*",
+        ":",
+        "if ",
+        "elif ",
+        "else",
+        "endif",
+        "for x in ",
+        "endfor",
+        "set x = ",
+        "endset",
+        "macro m(",
+        "endmacro",
+        "varargs",
+        "m",
+        "generation",
+        "endgeneration",
+        "raw",
+        "endraw",
+        "filter ",
+        "endfilter",
+        "messages",
+        "x",
+        "upper",
+        "tojson",
+        "is ",
+        "not ",
+        "1",
+        "'%s' % ",
+        "'a'.center(9)",
+        "loop",
+        "namespace(v=1)",
+        "é",
+        "percent_format",
+    ];
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1500))]
+
+        /// Whatever the source: an answer, never a panic, and what is refused is refused with a reason.
+        #[test]
+        fn any_source_is_answered(pieces in prop::collection::vec(prop::sample::select(&PIECES[..]), 0..40)) {
+            let source = pieces.concat();
+            let conversation = messages(json!([{"role": "user", "content": "hi"}]));
+            let rendered = ChatTemplate::new(source, special())
+                .and_then(|template| template.render(&conversation, None, true, &Map::new()));
+            prop_assert!(!matches!(rendered, Err(TemplateError::Thread { .. })), "{rendered:?}");
+        }
+
+        /// A source without tags is written as it is, and is left alone by the rewriting.
+        #[test]
+        fn plain_text_is_written_as_it_is(text in "[^{]{0,60}") {
+            // The engine drops one line break at the end, as Jinja does.
+            let expected = text.strip_suffix('\n').unwrap_or(&text).replace("\r", "");
+            prop_assume!(!text.contains('\r'));
+            prop_assert_eq!(render(&text, json!([])), Ok(expected));
+        }
+    }
 }

@@ -40,6 +40,32 @@ fn broken_characters_are_replaced_once_it_is_certain() {
     assert_eq!(pieces(&[ids[0], ids[0], ids[1], ids[2]], true), ["", "\u{fffd}", "", "日", ""]);
 }
 
+/// Where each token's text begins in the whole, in characters.
+fn offsets(ids: &[u32]) -> Vec<usize> {
+    let mut detokenizer = pocket().detokenizer(true);
+    let mut text = String::new();
+    let offset = |&id| {
+        let before = text.chars().count();
+        before + detokenizer.push(id, &mut text)
+    };
+    ids.iter().map(offset).collect()
+}
+
+#[test]
+fn a_token_knows_where_its_text_begins() {
+    let tokenizer = pocket();
+    let ids = tokenizer.encode("日 b", false).unwrap();
+    let letter = *ids.last().unwrap();
+    assert_eq!(tokenizer.decode(&ids, true), "日 b");
+    assert_eq!(offsets(&ids), [0, 0, 0, 1]);
+    // 日 broken off, then a letter; then a continuation byte alone.
+    assert_eq!(offsets(&[ids[0], ids[1], letter, ids[1], letter]), [0, 0, 1, 3, 4]);
+    // Two beginnings, of which the first is broken.
+    assert_eq!(offsets(&[ids[0], ids[0], ids[1], ids[2], letter]), [0, 1, 1, 1, 2]);
+    let special = tokenizer.encode("<｜User｜>", false).unwrap()[0];
+    assert_eq!(offsets(&[ids[0], special, ids[1], ids[2], special, letter]), [0, 0, 0, 0, 1, 1]);
+}
+
 #[test]
 fn special_tokens_are_skipped_or_shown() {
     let tokenizer = pocket();
@@ -66,7 +92,9 @@ fn finish_makes_ready_for_a_new_text() {
     let mut out = String::new();
     detokenizer.push(ids[0], &mut out);
     detokenizer.finish(&mut out);
-    ids.iter().for_each(|&id| detokenizer.push(id, &mut out));
+    for &id in &ids {
+        detokenizer.push(id, &mut out);
+    }
     assert_eq!(out, "\u{fffd}日");
 }
 

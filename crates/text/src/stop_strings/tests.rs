@@ -86,6 +86,42 @@ fn naive(text: &str, stops: &[String], include: bool) -> (String, Option<usize>)
     (text.to_owned(), None)
 }
 
+/// Pieces in angle brackets are special tokens, hidden from the text.
+fn run_hidden(stops: &[&str], include: bool, pieces: &[&str]) -> (String, Option<usize>) {
+    let stops = stops.iter().map(|stop| (*stop).to_owned()).collect();
+    let mut matcher = StopStrings::new(stops, include).unwrap().spelling(["<U>", "<E>"].into_iter());
+    let mut out = String::new();
+    for piece in pieces {
+        match piece.starts_with('<') {
+            true => matcher.push_hidden(piece, &mut out),
+            false => matcher.push(piece, &mut out),
+        };
+    }
+    matcher.finish(&mut out);
+    (out, matcher.matched)
+}
+
+#[test]
+fn a_stop_string_that_spells_a_special_token_matches_it() {
+    assert_eq!(run_hidden(&["<U>"], false, &["ab", "<U>", "c"]), ("ab".into(), Some(0)));
+    assert_eq!(run_hidden(&["x", "b<U>\n"], false, &["a", "b", "<U>", "\n", "c"]), ("a".into(), Some(1)));
+    assert_eq!(run_hidden(&["b<U>\n"], true, &["a", "b", "<U>", "\n", "c"]), ("ab\n".into(), Some(0)));
+    // Spelled by ordinary tokens too.
+    assert_eq!(run_hidden(&["<U>"], false, &["a", "b<", "U>", "c"]), ("ab".into(), Some(0)));
+}
+
+#[test]
+fn hidden_tokens_are_never_handed_out_and_hide_no_stop_string() {
+    assert_eq!(run_hidden(&["<U>"], false, &["a", "<E>", "b"]), ("ab".into(), None));
+    assert_eq!(run_hidden(&["<U>z"], false, &["a", "<U>", "b"]), ("ab".into(), None));
+    assert_eq!(run_hidden(&["ab", "<U>"], false, &["x", "a", "<E>", "b", "<U>"]), ("x".into(), Some(0)));
+    assert_eq!(run_hidden(&["<U>"], false, &["a", "<E>", "<U>"]), ("a".into(), Some(0)));
+    // Not a spelling of a whole token.
+    assert_eq!(run_hidden(&["U"], false, &["a", "<U>", "b"]), ("ab".into(), None));
+    // Held back across a hidden token, then not a stop string after all.
+    assert_eq!(run_hidden(&["abc", "<U>"], false, &["a", "<E>", "b", "<E>", "d"]), ("abd".into(), None));
+}
+
 proptest! {
     // A small alphabet with a two-byte letter makes overlaps and near misses common.
     #[test]

@@ -9,11 +9,11 @@ use cadre_types::TokenId;
 use serde_json::{Map, Value};
 
 use super::{SAME_CHECKPOINT, SpecialTokens};
-use crate::error::TextError;
+use crate::error::{Finding, TextError};
 
 pub(super) const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
 const TEMPLATE_FILE: &str = "chat_template.jinja";
-const GENERATION_CONFIG_FILE: &str = "generation_config.json";
+pub(super) const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 const CONFIG_FILE: &str = "config.json";
 const CORRECT_IT: &str = "correct the field";
 
@@ -24,6 +24,9 @@ pub(super) struct TokenizerConfig {
     pub(super) add_bos_token: Option<bool>,
     pub(super) add_eos_token: Option<bool>,
     pub(super) templates: Option<Templates>,
+    /// `added_tokens_decoder`: id, text, and whether it is special, as far as they are given.
+    pub(super) added_tokens: Vec<(TokenId, String, Option<bool>)>,
+    pub(super) warnings: Vec<Finding>,
 }
 
 /// Template sources and where they were found.
@@ -37,11 +40,15 @@ pub(super) struct Templates {
 impl TokenizerConfig {
     pub(super) fn load(dir: &Path) -> Result<Self, TextError> {
         let object = Object::load(dir.join(TOKENIZER_CONFIG_FILE))?;
+        let mut warnings = Vec::new();
         if object.boolean("clean_up_tokenization_spaces")? == Some(true) {
-            return Err(object.invalid(
-                "clean_up_tokenization_spaces is true, which would rewrite text already streamed".to_owned(),
-                "set it to false",
-            ));
+            warnings.push(Finding {
+                file: object.path.clone(),
+                subject: "clean_up_tokenization_spaces".to_owned(),
+                expected: "false".to_owned(),
+                found: "true, which would rewrite text already streamed".to_owned(),
+                fix: "spaces are not cleaned up here, so text may differ in them; set it to false".to_owned(),
+            });
         }
         let special = SpecialTokens {
             bos_token: object.token("bos_token")?,
@@ -54,8 +61,28 @@ impl TokenizerConfig {
             add_bos_token: object.boolean("add_bos_token")?,
             add_eos_token: object.boolean("add_eos_token")?,
             templates: templates(dir, &object)?,
+            added_tokens: added_tokens(&object)?,
+            warnings,
         })
     }
+}
+
+/// `added_tokens_decoder`, an object from ids to objects.
+fn added_tokens(object: &Object) -> Result<Vec<(TokenId, String, Option<bool>)>, TextError> {
+    const FIELD: &str = "added_tokens_decoder";
+    let entries = match object.fields.get(FIELD) {
+        None | Some(Value::Null) => return Ok(Vec::new()),
+        Some(Value::Object(entries)) => entries,
+        Some(other) => return Err(object.expected(FIELD, "an object", other)),
+    };
+    let read = |(id, token): (&String, &Value)| {
+        let content = token.get("content").and_then(Value::as_str);
+        let (Ok(id), Some(content)) = (id.parse(), content) else {
+            return Err(object.expected(FIELD, "an object from ids to objects with `content`", token));
+        };
+        Ok((id, content.to_owned(), token.get("special").and_then(Value::as_bool)))
+    };
+    entries.iter().map(read).collect()
 }
 
 /// A separate file wins over the field, as in Hugging Face.
@@ -101,20 +128,20 @@ fn named_templates(object: &Object, list: &[Value]) -> Result<Templates, TextErr
 }
 
 /// End-of-sequence ids: `generation_config.json` if it names any, else `config.json`, else the
-/// `eos_token` of the tokenizer. Ascending, without repeats.
-pub(super) fn eos_ids(dir: &Path, tokenizer: Option<TokenId>) -> Result<Vec<TokenId>, TextError> {
+/// `eos_token` of the tokenizer. Ascending, without repeats; and the file that names them.
+pub(super) fn eos_ids(dir: &Path, tokenizer: Option<TokenId>) -> Result<(Vec<TokenId>, PathBuf), TextError> {
     for file in [GENERATION_CONFIG_FILE, CONFIG_FILE] {
         let path = dir.join(file);
         if !path.exists() {
             continue;
         }
-        if let Some(mut ids) = Object::load(path)?.ids("eos_token_id")? {
+        if let Some(mut ids) = Object::load(path.clone())?.ids("eos_token_id")? {
             ids.sort_unstable();
             ids.dedup();
-            return Ok(ids);
+            return Ok((ids, path));
         }
     }
-    tokenizer.map(|id| vec![id]).ok_or_else(|| TextError::Invalid {
+    tokenizer.map(|id| (vec![id], dir.join(TOKENIZER_CONFIG_FILE))).ok_or_else(|| TextError::Invalid {
         path: dir.join(CONFIG_FILE),
         reason: "eos_token_id is missing here and in generation_config.json, and \
                  tokenizer_config.json has no eos_token"

@@ -229,6 +229,9 @@ mod refusals {
 
     #[test]
     fn missing_and_broken_files() {
+        let kimi = changed("tokenizer.json", |_| ());
+        fs::rename(kimi.path().join("tokenizer.json"), kimi.path().join("tiktoken.model")).unwrap();
+        refused(&kimi, "tokenizer.json", &["tiktoken.model", "convert it to a tokenizer.json"]);
         for file in ["tokenizer.json", "tokenizer_config.json"] {
             let dir = changed(file, |_| ());
             fs::write(dir.path().join(file), b"{\"a\": ").unwrap();
@@ -246,10 +249,6 @@ mod refusals {
             tokenizer["model"] = json!({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"});
         });
         refused(&dir, "tokenizer.json", &["not BPE"]);
-        let dir = changed("tokenizer_config.json", |config| {
-            config["clean_up_tokenization_spaces"] = json!(true);
-        });
-        refused(&dir, "tokenizer_config.json", &["clean_up_tokenization_spaces", "set it to false"]);
         let dir = changed("tokenizer.json", |tokenizer| {
             tokenizer["model"]["vocab"]["wild"] = json!(4_000_000_000_u32);
         });
@@ -266,7 +265,6 @@ mod refusals {
             ("chat_template", json!(3), "chat_template must be a string or a list, found 3"),
             ("chat_template", json!([{"name": "x"}]), "chat_template[0] needs the strings"),
             ("chat_template", json!([{"name": "x", "template": "y"}]), "no entry named `default`"),
-            ("chat_template", json!("a\n{% if %}"), "chat template: syntax error"),
         ];
         for (field, value, mention) in cases {
             let dir = changed("tokenizer_config.json", |config| config[field] = value);
@@ -278,5 +276,152 @@ mod refusals {
             "generation_config.json",
             &["eos_token_id must be a token id or a list of them, found [1,-1]"],
         );
+    }
+}
+
+mod agreement {
+    use cadre_types::ModelConfig;
+
+    use super::*;
+
+    fn config(change: impl FnOnce(&mut ModelConfig)) -> ModelConfig {
+        let mut config = serde_json::from_str::<ModelConfig>(CONFIG).unwrap();
+        change(&mut config);
+        config
+    }
+
+    /// The pocket checkpoint's, as `ModelConfig` spells it.
+    const CONFIG: &str = r#"{"vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 4,
+        "num_nextn_predict_layers": 0, "first_k_dense_replace": 1, "intermediate_size": 128,
+        "moe_intermediate_size": 64, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
+        "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": true,
+        "num_attention_heads": 4, "q_lora_rank": null, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8, "v_head_dim": 16, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096,
+        "rope_theta": 10000.0, "rope_scaling": null, "quantization": null, "bos_token_id": 0,
+        "eos_token_ids": [1]}"#;
+
+    /// The problems and warnings, each as one line.
+    fn surveyed(dir: &Path, config: &ModelConfig) -> [Vec<String>; 2] {
+        let Survey { problems, warnings, .. } = survey(dir, config);
+        // Loading for a model refuses exactly what is a problem.
+        assert_eq!(Tokenizer::load_for(dir, config).is_ok(), problems.is_empty());
+        [problems, warnings].map(|list| list.iter().map(ToString::to_string).collect())
+    }
+
+    #[track_caller]
+    fn one(found: &[String], mentions: &[&str]) {
+        assert_eq!(found.len(), 1, "{found:?}");
+        for mention in mentions {
+            assert!(found[0].contains(mention), "{mention:?} is not in {}", found[0]);
+        }
+    }
+
+    #[test]
+    fn the_pocket_checkpoint_agrees_with_itself() {
+        let [problems, warnings] = surveyed(Path::new(POCKET), &config(|_| ()));
+        assert!(problems.is_empty() && warnings.is_empty(), "{problems:?} {warnings:?}");
+    }
+
+    #[test]
+    fn weights_alone_are_a_warning() {
+        let empty = tempfile::tempdir().unwrap();
+        let Survey { tokenizer, problems, warnings } = survey(empty.path(), &config(|_| ()));
+        assert!(tokenizer.is_none() && problems.is_empty(), "{problems:?}");
+        assert!(warnings.len() == 1 && warnings[0].fix.contains("router"), "{warnings:?}");
+    }
+
+    #[test]
+    fn an_end_that_cannot_come_is_a_problem() {
+        for (id, mention) in [(json!(4096), "vocab_size = 4096"), (json!([1, 999_999]), "999999")] {
+            let dir = changed("generation_config.json", |fields| fields["eos_token_id"] = id);
+            let [problems, _] = surveyed(dir.path(), &config(|_| ()));
+            one(&problems, &["generation_config.json: eos_token_id", mention, "no answer would ever end"]);
+        }
+        // In the embedding, but no token: pocket's tokenizer ends at 4095.
+        let dir = changed("generation_config.json", |fields| fields["eos_token_id"] = json!(4100));
+        let [problems, _] = surveyed(dir.path(), &config(|config| config.vocab_size = 5000));
+        one(&problems, &["eos_token_id", "a token that tokenizer.json has", "4100"]);
+        let dir = changed("generation_config.json", |fields| fields["eos_token_id"] = json!(70));
+        let [problems, warnings] = surveyed(dir.path(), &config(|_| ()));
+        assert!(problems.is_empty(), "{problems:?}");
+        one(&warnings, &["ordinary text", "eos_token_id"]);
+    }
+
+    #[test]
+    fn a_token_without_an_embedding_is_a_problem() {
+        let dir = changed("tokenizer.json", |tokenizer| {
+            let mut token = tokenizer["added_tokens"][0].clone();
+            token["id"] = json!(4096);
+            token["content"] = json!("<|new|>");
+            tokenizer["added_tokens"].as_array_mut().unwrap().push(token);
+        });
+        let [problems, _] = surveyed(dir.path(), &config(|_| ()));
+        one(&problems, &["tokenizer.json: vocabulary", "vocab_size = 4096", "4096 \"<|new|>\""]);
+    }
+
+    #[test]
+    fn files_that_name_tokens_differently() {
+        let dir = changed("tokenizer_config.json", |fields| {
+            fields["added_tokens_decoder"] = json!({
+                "3": {"content": "<|other|>", "special": true},
+                "4": {"content": pocket().special_texts().nth(4).unwrap().1, "special": false},
+            });
+        });
+        let [problems, _] = surveyed(dir.path(), &config(|_| ()));
+        one(&problems, &["added_tokens_decoder.3", "<|other|>", "<｜User｜>"]);
+        let dir = changed("tokenizer_config.json", |fields| {
+            let text = pocket().special_texts().nth(4).unwrap().1;
+            fields["added_tokens_decoder"] = json!({"4": {"content": text, "special": false}});
+        });
+        let [problems, warnings] = surveyed(dir.path(), &config(|_| ()));
+        assert!(problems.is_empty(), "{problems:?}");
+        one(&warnings, &["added_tokens_decoder.4", "special: false"]);
+        let [_, warnings] = surveyed(Path::new(POCKET), &config(|config| config.bos_token_id = 1));
+        one(&warnings, &["bos_token", "bos_token_id = 1"]);
+    }
+
+    #[test]
+    fn sampling_that_cannot_be_is_a_problem() {
+        let dir = changed("generation_config.json", |fields| fields["top_p"] = json!(7));
+        let [problems, _] = surveyed(dir.path(), &config(|_| ()));
+        one(&problems, &["generation_config.json", "top_p", "7"]);
+    }
+
+    #[test]
+    fn text_is_served_with_spaces_as_they_are() {
+        let dir = changed("tokenizer_config.json", |fields| {
+            fields["clean_up_tokenization_spaces"] = json!(true);
+        });
+        let [problems, warnings] = surveyed(dir.path(), &config(|_| ()));
+        assert!(problems.is_empty(), "{problems:?}");
+        one(&warnings, &["clean_up_tokenization_spaces", "set it to false"]);
+    }
+
+    #[test]
+    fn a_template_that_cannot_be_used_is_a_warning_and_refuses_conversations() {
+        for (source, mention) in [
+            ("a\n{% if %}", "syntax error"),
+            ("{{ messages[0].content|nofilter }}", "nofilter"),
+            ("{% for m in messages %}{{ m.content.nomethod() }}{% endfor %}", "nomethod"),
+        ] {
+            let dir = changed("tokenizer_config.json", |fields| fields["chat_template"] = json!(source));
+            let [problems, warnings] = surveyed(dir.path(), &config(|_| ()));
+            assert!(problems.is_empty(), "{problems:?}");
+            assert!(warnings.iter().any(|warning| warning.contains("only raw completions")), "{warnings:?}");
+            let tokenizer = load(&dir).unwrap();
+            let error = tokenizer.chat_template().map(drop).unwrap_err();
+            assert!(
+                matches!(&error, TemplateError::Unusable { reason } if reason.contains(mention)),
+                "{error}"
+            );
+            assert_eq!(tokenizer.encode("hi", false).unwrap(), [76, 77]);
+        }
+        let dir = changed("tokenizer_config.json", |fields| {
+            fields["chat_template"] =
+                json!("<|im_start|>{{ messages[0].content }}<｜User｜>{% if x %}{{ 1|nofilter }}{% endif %}");
+        });
+        let [problems, warnings] = surveyed(dir.path(), &config(|_| ()));
+        assert!(problems.is_empty() && warnings.len() == 2, "{problems:?} {warnings:?}");
+        assert!(warnings[0].contains("nofilter") && warnings[1].contains("<|im_start|>"), "{warnings:?}");
     }
 }

@@ -12,7 +12,7 @@ use cadre_proto::{
     convert::required,
     v1,
 };
-use cadre_types::FinishReason;
+use cadre_types::{FinishReason, StopConditions};
 use tokio::{
     sync::mpsc,
     task::JoinHandle,
@@ -64,6 +64,13 @@ impl WorkerService {
                 request_id: request.request_id,
                 prompt: request.prompt,
                 sampling: required(request.sampling.as_ref(), "prefill.sampling")?.into(),
+                stop: StopConditions {
+                    stop_token_ids: request.stop_token_ids,
+                    min_tokens: request.min_tokens,
+                    // As in `Decode`.
+                    ignore_eos: true,
+                    ..StopConditions::default()
+                },
                 deadline,
             })
             .map_err(|error| status::of_submit(&error))?;

@@ -77,6 +77,8 @@ fn prefill_request(
         prompt: wanted.prompt.clone(),
         sampling: Some((&wanted.sampling).into()),
         decode_address,
+        stop_token_ids: wanted.stop.stop_token_ids.clone(),
+        min_tokens: wanted.stop.min_tokens,
     }
 }
 
