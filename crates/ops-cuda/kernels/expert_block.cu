@@ -33,7 +33,7 @@ struct BlockArgs {
 };
 static_assert(sizeof(BlockArgs) == 120, "the host's copy of this struct");
 
-enum { MAX_GROUPS = 512, MAX_ROWS = 64, ERROR_WAIT = 1, ERROR_ROWS = 2 };
+enum { MAX_GROUPS = 512, MAX_ROWS = 64, ERROR_WAIT = 1, ERROR_ROWS = 2, ERROR_SHAPE = 3 };
 
 static __device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 static __device__ __forceinline__ void barrier_init(u32 b, int n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b), "r"(n)); }
@@ -255,6 +255,10 @@ template <int N> static __device__ __forceinline__ void down(const BlockArgs& a,
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) expert_block(const __grid_constant__ BlockArgs a) {
   extern __shared__ __align__(1024) u8 memory[];
+  if (a.groups > MAX_GROUPS || a.inner % 128 || a.hidden % 256) {
+    if (threadIdx.x == 0) atomicExch(a.error, ERROR_SHAPE);
+    return;
+  }
   u32 base = shared(memory), bars = base + AT_BARRIERS;
   int thread = threadIdx.x;
   int* active = (int*)(memory + AT_ACTIVE); // count, largest; then {group, rows} of each group that has any

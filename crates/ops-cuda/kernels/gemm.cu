@@ -30,7 +30,7 @@ struct GemmArgs {
   const int* offsets;  // first pair of each group; null: 0
   const int* pages;    // x_mode 1: page of each 64 positions
   void* y;
-  int* error;          // receives ERROR_WAIT if a wait ran out
+  int* error;          // receives ERROR_WAIT if a wait ran out, ERROR_SHAPE for too many groups
   i64 x_row, x_group;  // bytes
   i64 w_group;         // bytes
   i64 y_row, y_group;  // elements
@@ -44,7 +44,7 @@ static_assert(sizeof(GemmArgs) == 168, "the host's copy of this struct");
 
 enum { X_ROWS = 0, X_PAGES = 1 };
 enum { Y_BF16 = 0, Y_F32 = 1, Y_QUERY_TILES = 2, Y_KEY_TILES = 3, Y_SWIGLU = 4 };
-enum { MAX_GROUPS = 1024, TOKEN_BAND = 16, ERROR_WAIT = 1 };
+enum { MAX_GROUPS = 1024, TOKEN_BAND = 16, ERROR_WAIT = 1, ERROR_SHAPE = 3 };
 
 static __device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 static __device__ __forceinline__ void barrier_init(u32 b, int n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b), "r"(n)); }
@@ -402,6 +402,10 @@ template <int N, bool F8, int W> static __device__ __forceinline__ void consume(
 
 template <int N, bool F8, int W> static __device__ __forceinline__ void gemm(const GemmArgs& a, u8* memory) {
   typedef Shape<N, W> S;
+  if (a.groups > MAX_GROUPS) { // the task table has no room
+    if (threadIdx.x == 0) atomicExch(a.error, ERROR_SHAPE);
+    return;
+  }
   u32 base = shared(memory);
   int* before = (int*)(memory + S::AT_TABLE);
   if (threadIdx.x == 0) {

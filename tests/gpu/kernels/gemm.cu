@@ -279,6 +279,28 @@ static void experts(bool f8, int count, int inner, int hidden, std::vector<int> 
   expect(eh < 4e-3 && ey < 4e-3 && !differ && !code_errors, "experts %s %d of inner %d hidden %d, %d pairs (most %d): error h %.1e, y %.1e; codes off %zu; runs and lone rows that differ %zu", f8 ? "fp8" : "bf16", count, inner, hidden, pairs, most, eh, ey, code_errors, differ);
 }
 
+// What must end in the error flag, not in a device that hangs: an expert whose h is never complete, too many rows, a width that does not fit.
+static void errors() {
+  Experts ex(true, 2, 128, 256);
+  Rows x(true, 70, 256);
+  Device<uint16_t> y((size_t)140 * 256);
+  auto code = [&](std::vector<int> m, unsigned drawn, int inner, int grid) {
+    Device<int> counts(m), offsets(std::vector<int>{0, m[0]});
+    Fused f(ex, 2);
+    CK(cudaMemcpy(f.sync.p + 2, &drawn, 4, cudaMemcpyHostToDevice)); // tasks that nobody will compute
+    int e = 0;
+    ex.inner = inner;
+    fused(ex, x, f, counts.p, offsets.p, nullptr, 2, y.p, grid);
+    ex.inner = 128;
+    CK(cudaDeviceSynchronize());
+    CK(cudaMemcpy(&e, error_flag(), 4, cudaMemcpyDeviceToHost));
+    CK(cudaMemset(error_flag(), 0, 4));
+    return e;
+  };
+  int none = code({3, 4}, 0, 128, 0), wait = code({3, 4}, 2, 128, 1), rows = code({65, 4}, 0, 128, 0), shape = code({3, 4}, 0, 96, 0), again = code({3, 4}, 0, 128, 0);
+  expect(none == 0 && wait == kernels_block::ERROR_WAIT && rows == kernels_block::ERROR_ROWS && shape == kernels_block::ERROR_SHAPE && again == 0, "errors of the block: fit %d, h never complete %d, 65 rows %d, inner width of 96 %d, fit again %d", none, wait, rows, shape, again);
+}
+
 static void times() {
   for (bool f8 : {true, false}) {
     for (int count : {8, 32}) {
@@ -351,6 +373,7 @@ int main(int argc, char** argv) {
       experts(f8, 9, 256, 512, {0, 0, 0, 0, 1, 0, 0, 0, 0});
       experts(f8, 2, 2048, 7168, {0, 0});
     }
+  if (mode == "" || mode == "check") errors();
   if (mode == "" || mode == "time") times();
   return finish();
 }
