@@ -26,7 +26,10 @@ const UP_LIMIT: Duration = Duration::from_secs(10 * 60);
 /// Longer than any other script's own waits.
 const SCRIPT_LIMIT: Duration = Duration::from_secs(5 * 60);
 
-/// What a cluster for tests is made of; `kwok` only serves simulated nodes.
+/// What a cluster runs on.
+const TO_RUN: [&str; 2] = ["podtool", "tools"];
+
+/// What tests need of it; `kwok` only serves simulated nodes.
 const FOR_TESTS: [&str; 4] = ["podtool", "tools", "helm", "keda"];
 
 /// The tasks.
@@ -73,8 +76,10 @@ pub(crate) fn run(task: &Task) -> Result<()> {
             interrupt::run(&mut build, BUILD_LIMIT)
         }
         Task::Up { nodes } => {
-            cluster.build()?;
-            println!("{}", cluster.up(*nodes)?.display());
+            cluster.build_to_run()?;
+            let kubeconfig = cluster.up(*nodes)?;
+            cluster.explain(&kubeconfig)?;
+            println!("{}", kubeconfig.display());
             Ok(())
         }
         Task::Down => interrupt::run(&mut cluster.script("down"), SCRIPT_LIMIT),
@@ -130,7 +135,30 @@ impl Cluster {
         command
     }
 
-    /// Builds what is missing; a second when nothing is.
+    /// Builds what a cluster runs on; a second when nothing is missing.
+    fn build_to_run(&self) -> Result<()> {
+        eprintln!(
+            "xtask: building what is missing of a Kubernetes: 10 minutes the first time, then a second"
+        );
+        interrupt::run(self.script("build").args(TO_RUN), BUILD_LIMIT)
+    }
+
+    /// What a first user needs next, on standard error: standard output is the kubeconfig's path alone.
+    fn explain(&self, kubeconfig: &Path) -> Result<()> {
+        let programs = Self::cache()?.join("bin");
+        eprintln!(
+            "xtask: cluster {:?} runs. kubectl is {}; helm, once: cargo xtask cluster build helm\n\
+             xtask: export KUBECONFIG={} PATH=$PATH:{}\n\
+             xtask: images: cargo xtask cluster load-image TAR; the end: cargo xtask cluster down",
+            self.name,
+            programs.join("kubectl").display(),
+            kubeconfig.display(),
+            programs.display()
+        );
+        Ok(())
+    }
+
+    /// Builds what is missing for tests; a second when nothing is.
     pub(crate) fn build(&self) -> Result<()> {
         interrupt::run(self.script("build").args(FOR_TESTS), BUILD_LIMIT)
     }

@@ -36,6 +36,14 @@
 - apiGroups: ["policy"]
   resources: [poddisruptionbudgets]
   verbs: [get, list, watch, create, patch, delete]
+# The cluster secret of each model, which is derived and so never read. No Secret of a model's namespace can be read with this. (run/secrets.rs: make)
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [create]
+# Who may connect to a model's pods. (run/watch.rs: start; run/execute/children.rs: apply, delete)
+- apiGroups: ["networking.k8s.io"]
+  resources: [networkpolicies]
+  verbs: [get, list, watch, create, patch, delete]
 # Which pods exist; outdated shards are replaced one by one. (run/watch.rs: start; run/execute/children.rs: delete)
 - apiGroups: [""]
   resources: [pods]
@@ -63,4 +71,13 @@
 - apiGroups: ["coordination.k8s.io"]
   resources: [leases]
   verbs: [get, create, patch]
+# The key from which cluster secrets are derived is drawn once (a right to create cannot be confined to a name). (run/secrets.rs: key)
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [create]
+# That key. (run/secrets.rs: key)
+- apiGroups: [""]
+  resources: [secrets]
+  resourceNames: [{{ include "cadre.fullname" . }}-key]
+  verbs: [get]
 {{- end }}

@@ -153,6 +153,12 @@ reasons! {
     fix: "Label the node, or choose a `spreadBy` that every node of the shards has.", FailureDomainUnknown;
     /// The scheduler has another reason; the message has it.
     fix: "See the message.", Unschedulable;
+    /// The spec asks for something of the nodes or the cluster that the operator's configuration does not allow.
+    fix: "Leave it out, or ask whoever runs the operator to allow it: the chart's values `models.allow` (docs/operations.md).",
+    NotAllowed;
+    /// The router has members, and routes to them, that are none of the model's pods.
+    fix: "Somebody joined a process to the model: find it by the address in the message, and see that the NetworkPolicies are \
+          enforced and that nobody else can read the model's Secret.", UnknownMember;
     /// The namespace refuses the pods (pod security, quota, limit range, a policy).
     fix: "The message is the API server's; use a namespace that admits restricted pods, or raise the quota.",
     PodsForbidden;

@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::{
-    api::core::v1::{LocalObjectReference, Toleration},
+    api::core::v1::{Affinity, LocalObjectReference, Toleration},
     apimachinery::pkg::api::resource::Quantity,
 };
 use kube::CustomResource;
@@ -20,8 +20,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::{rules, schema, status::MoEModelStatus};
 
+mod limits;
+mod network;
+mod overlay;
 mod sizes;
 
+pub use limits::{ExpertLimits, RouterLimits, WorkerLimits};
+pub use network::{NetworkSpec, PolicyMode, ServiceSpec, ServiceType, TrafficPolicy};
+pub use overlay::{
+    EmptyDir, EnvVariable, FieldOf, KeyOf, Medium, ObjectName, PodUser, SpreadConstraint, TierVolume,
+    VariableSource, WhenUnsatisfiable,
+};
 pub use sizes::SourceRef;
 
 /// A mixture-of-experts model served by a router, prefill and decode workers and expert shards.
@@ -81,6 +90,9 @@ pub struct MoEModelSpec {
     pub decode: WorkerTierSpec,
     /// Expert shards.
     pub experts: ExpertTierSpec,
+    /// Who may connect to the model's pods.
+    #[serde(default, skip_serializing_if = "NetworkSpec::is_default")]
+    pub network: NetworkSpec,
     /// What all tiers together may use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<BudgetSpec>,
@@ -121,8 +133,8 @@ pub struct ModelSource {
     /// A claim in the model's namespace, mounted read-only by every pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub persistent_volume_claim: Option<ClaimSource>,
-    /// A folder of the nodes. Namespaces that enforce the baseline or restricted pod security standard
-    /// forbid it.
+    /// A folder of the nodes, where the operator allows it. Namespaces that enforce the baseline or restricted pod
+    /// security standard forbid it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_path: Option<HostPath>,
     /// An OCI image mounted as a volume; the cluster needs the feature ImageVolume.
@@ -190,6 +202,12 @@ pub enum Numerics {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RouterSpec {
+    /// Limits of the router.
+    #[serde(default, skip_serializing_if = "RouterLimits::is_default")]
+    pub limits: RouterLimits,
+    /// The two Services for clients.
+    #[serde(default, skip_serializing_if = "ServiceSpec::is_default")]
+    pub service: ServiceSpec,
     /// Where its pod runs and what it may use.
     #[serde(flatten)]
     pub pod: PodSpec,
@@ -207,6 +225,9 @@ pub struct WorkerTierSpec {
     #[serde(default = "default_kv_cache")]
     #[schemars(schema_with = "schema::kv_cache")]
     pub kv_cache: Quantity,
+    /// Limits of each worker.
+    #[serde(default, skip_serializing_if = "WorkerLimits::is_default")]
+    pub limits: WorkerLimits,
     /// Accelerators of each pod; none runs on the CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accelerator: Option<Accelerator>,
@@ -236,6 +257,9 @@ pub struct ExpertTierSpec {
     #[serde(default = "default_spread_by")]
     #[schemars(length(max = 317), regex(pattern = schema::LABEL_KEY))]
     pub spread_by: String,
+    /// Limits of each shard.
+    #[serde(default, skip_serializing_if = "ExpertLimits::is_default")]
+    pub limits: ExpertLimits,
     /// Accelerators of each pod; none runs on the CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accelerator: Option<Accelerator>,
@@ -244,7 +268,7 @@ pub struct ExpertTierSpec {
     pub pod: PodSpec,
 }
 
-/// The few things about pods that differ between tiers.
+/// What may differ between the pods of tiers; everything else is the operator's.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PodSpec {
@@ -259,10 +283,41 @@ pub struct PodSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "schema::tolerations")]
     pub tolerations: Vec<Toleration>,
-    /// Priority class of the pods.
+    /// Priority class of the pods, one that the operator allows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253), regex(pattern = schema::SUBDOMAIN))]
     pub priority_class_name: Option<String>,
+    /// Affinity, as of a Kubernetes pod.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::affinity")]
+    pub affinity: Option<Affinity>,
+    /// Rules of spreading the pods. One whose key the operator spreads by takes the place of the operator's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["topologyKey"]))]
+    pub topology_spread_constraints: Vec<SpreadConstraint>,
+    /// Runtime class of the pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253), regex(pattern = schema::SUBDOMAIN))]
+    pub runtime_class_name: Option<String>,
+    /// Scheduler of the pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253), regex(pattern = schema::SUBDOMAIN))]
+    pub scheduler_name: Option<String>,
+    /// Service account of the pods, one that the operator allows; one of the tier's own if absent. No token is mounted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253), regex(pattern = schema::SUBDOMAIN))]
+    pub service_account_name: Option<String>,
+    /// As whom the processes run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub security_context: Option<PodUser>,
+    /// More environment variables of the container.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub env: Vec<EnvVariable>,
+    /// More volumes of the pods.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub volumes: Vec<TierVolume>,
 }
 
 /// CPU and memory.

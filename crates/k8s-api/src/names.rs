@@ -61,6 +61,14 @@ pub fn layout_config_map(model: &str) -> String {
     format!("{model}-layout")
 }
 
+/// `<model>-cluster-<hash>`: the Secret with what the model's processes show each other.
+pub fn cluster_secret(model: &str, hash: &str) -> String {
+    format!("{model}-cluster-{hash}")
+}
+
+/// Key of the value in the Secret [`cluster_secret`].
+pub const CLUSTER_SECRET_KEY: &str = "secret";
+
 /// Labels and the like.
 pub mod label {
     /// The model's name; on every child.
@@ -71,6 +79,8 @@ pub mod label {
     pub const NAME: &str = "app.kubernetes.io/name";
     /// The model's name, as Kubernetes' tools expect it.
     pub const INSTANCE: &str = "app.kubernetes.io/instance";
+    /// `cadre` on the operator's own pods.
+    pub const PART_OF: &str = "app.kubernetes.io/part-of";
     /// Always `cadre-operator`.
     pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
     /// Hash of a pod template; tells pods that are out of date.

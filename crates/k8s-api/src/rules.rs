@@ -151,6 +151,14 @@ pub(crate) fn resources() -> Vec<Rule> {
         .to_vec()
 }
 
+/// Keys are names; a schema cannot bound the keys of a map.
+pub(crate) fn annotations() -> Vec<Rule> {
+    vec![rule(
+        "self.all(key, !format.qualifiedName().validate(key).hasValue() && !key.startsWith('cadre.dev/'))",
+        "a key is an annotation's name (example.com/name) and none of cadre's own (cadre.dev/…)",
+    )]
+}
+
 /// Keys are labels; a schema cannot bound the keys of a map.
 pub(crate) fn node_selector() -> Vec<Rule> {
     vec![rule(
@@ -174,6 +182,90 @@ pub(crate) fn toleration() -> Vec<Rule> {
             "!has(self.tolerationSeconds) || has(self.effect) && self.effect == 'NoExecute'",
             "tolerationSeconds goes with effect NoExecute",
         ),
+    ]
+}
+
+/// A peer of a NetworkPolicy, as Kubernetes wants it.
+pub(crate) fn peer() -> Vec<Rule> {
+    vec![rule(
+        "has(self.ipBlock) ? !has(self.podSelector) && !has(self.namespaceSelector) : has(self.podSelector) || has(self.namespaceSelector)",
+        "give ipBlock, or podSelector and namespaceSelector, of which one may be absent",
+    )]
+}
+
+/// Fields of a Service that only some types have.
+pub(crate) fn service() -> Vec<Rule> {
+    vec![
+        rule(
+            "!has(self.loadBalancerClass) || self.type == 'LoadBalancer'",
+            "loadBalancerClass goes with type LoadBalancer",
+        )
+        .field_path(".loadBalancerClass"),
+        rule(
+            "!has(self.externalTrafficPolicy) || self.type != 'ClusterIP'",
+            "externalTrafficPolicy goes with type NodePort or LoadBalancer",
+        )
+        .field_path(".externalTrafficPolicy"),
+    ]
+}
+
+/// A variable of the user's.
+pub(crate) fn variable() -> Vec<Rule> {
+    vec![
+        rule(
+            "!self.name.startsWith('CADRE_')",
+            "names that begin with CADRE_ are cadre's own: use the field of the spec that sets it",
+        )
+        .field_path(".name"),
+        rule("has(self.value) != has(self.valueFrom)", "give exactly one of value and valueFrom"),
+    ]
+}
+
+/// One source, not none and not two.
+pub(crate) fn variable_source() -> Vec<Rule> {
+    vec![rule(
+        "[has(self.configMapKeyRef), has(self.secretKeyRef), has(self.fieldRef)].exists_one(given, given)",
+        "give exactly one of configMapKeyRef, secretKeyRef, fieldRef",
+    )]
+}
+
+/// A volume of the user's.
+pub(crate) fn volume() -> Vec<Rule> {
+    vec![
+        rule(
+            "[has(self.emptyDir), has(self.configMap), has(self.secret), has(self.persistentVolumeClaim), has(self.hostPath)].exists_one(given, given)",
+            "give exactly one of emptyDir, configMap, secret, persistentVolumeClaim, hostPath",
+        ),
+        rule(
+            "!(self.name in ['checkpoint', 'layout', 'cluster-secret'])",
+            "checkpoint, layout and cluster-secret are the operator's own volumes: choose another name",
+        )
+        .field_path(".name"),
+    ]
+}
+
+/// A place for a volume that hides nothing of the operator's.
+pub(crate) fn mount_path() -> Vec<Rule> {
+    vec![
+        rule(
+            "self.startsWith('/') && self != '/' && !self.contains(':') && !self.split('/').exists(part, part == '..')",
+            "the path is absolute (/dev/shm), not the root, and has neither ':' nor a part '..'",
+        ),
+        rule(
+            "!['/checkpoint', '/etc/cadre', '/dev/termination-log'].exists(own, self == own || self.startsWith(own + '/') || own.startsWith(self + '/'))",
+            "the operator mounts its own under /checkpoint, /etc/cadre and /dev/termination-log: choose another path",
+        ),
+    ]
+}
+
+/// A rule of spreading, as Kubernetes wants it.
+pub(crate) fn spread() -> Vec<Rule> {
+    vec![
+        rule(
+            "!has(self.minDomains) || self.whenUnsatisfiable == 'DoNotSchedule'",
+            "minDomains goes with whenUnsatisfiable DoNotSchedule",
+        )
+        .field_path(".minDomains"),
     ]
 }
 

@@ -4,9 +4,12 @@
 //! [`observed::Observed`], talks to each model's coordinator and carries plans out. `cadre operator plan -f
 //! FILE` prints a plan without a cluster.
 
+pub mod allowed;
+pub mod kinds;
 pub mod observed;
 pub mod plan;
 pub mod rbac;
 pub mod run;
 
+pub use allowed::Allowed;
 pub use run::{CoordinatorAddress, LeaseOptions, OperatorError, OperatorOptions, metrics, run};

@@ -6,13 +6,11 @@ use std::collections::BTreeMap;
 use cadre_k8s_api::{MoEModel, MoETier, Tier};
 use cadre_types::CoordinatorStatus;
 use k8s_openapi::{
-    api::{
-        apps::v1::{Deployment, StatefulSet},
-        core::v1::{ConfigMap, PersistentVolumeClaim, Pod, Service, ServiceAccount},
-        policy::v1::PodDisruptionBudget,
-    },
+    api::core::v1::{PersistentVolumeClaim, Pod},
     jiff::Timestamp,
 };
+
+use crate::{allowed::Allowed, kinds::Children};
 
 /// What is there.
 #[derive(Clone, Debug)]
@@ -21,18 +19,8 @@ pub struct Observed {
     pub model: MoEModel,
     /// Its tiers; objects of the tiers' names, whoever owns them.
     pub tiers: BTreeMap<Tier, MoETier>,
-    /// Deployments of the model's names or labels.
-    pub deployments: Vec<Deployment>,
-    /// StatefulSets likewise.
-    pub stateful_sets: Vec<StatefulSet>,
-    /// Services likewise.
-    pub services: Vec<Service>,
-    /// ConfigMaps likewise.
-    pub config_maps: Vec<ConfigMap>,
-    /// ServiceAccounts likewise.
-    pub service_accounts: Vec<ServiceAccount>,
-    /// PodDisruptionBudgets likewise.
-    pub disruption_budgets: Vec<PodDisruptionBudget>,
+    /// Everything else that the operator makes: objects of the model's names or labels.
+    pub children: Children,
     /// Pods with the model's label.
     pub pods: Vec<Pod>,
     /// Recent refusals to create pods of our workloads (FailedCreate events): workload name → message.
@@ -47,8 +35,14 @@ pub struct Observed {
     pub coordinator: Option<CoordinatorReport>,
     /// What the API server refused at the last execution: child → message. Cleared by success.
     pub refused_children: BTreeMap<String, String>,
+    /// The Secret with the model's cluster secret; without one its processes ask each other for none.
+    pub cluster_secret: Option<String>,
     /// Image of pods whose model names none: the operator's own.
     pub default_image: String,
+    /// Namespace of the operator's own pods, if it runs in one.
+    pub operator_namespace: Option<String>,
+    /// What models may ask for.
+    pub allowed: Allowed,
     /// When this process began to observe the model: what is not known yet is not lost for a while after.
     pub watching_since: Timestamp,
     /// The time of observation.
@@ -64,12 +58,7 @@ impl Observed {
         Self {
             model,
             tiers: BTreeMap::new(),
-            deployments: Vec::new(),
-            stateful_sets: Vec::new(),
-            services: Vec::new(),
-            config_maps: Vec::new(),
-            service_accounts: Vec::new(),
-            disruption_budgets: Vec::new(),
+            children: Children::default(),
             pods: Vec::new(),
             refused_pods: BTreeMap::new(),
             failed_mounts: BTreeMap::new(),
@@ -78,6 +67,9 @@ impl Observed {
             coordinator: None,
             refused_children: BTreeMap::new(),
             default_image: default_image.to_owned(),
+            operator_namespace: None,
+            allowed: Allowed::everything(),
+            cluster_secret: None,
             watching_since: Timestamp::UNIX_EPOCH,
             now: Timestamp::UNIX_EPOCH,
         }

@@ -30,6 +30,7 @@ use kube::core::DynamicObject;
 
 pub use print::{PrintError, manifests, render};
 
+pub use crate::kinds::ObjectKind;
 use crate::observed::Observed;
 
 /// What is to be done, in order.
@@ -90,27 +91,6 @@ pub enum Action {
     },
 }
 
-/// A kind of child.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum ObjectKind {
-    /// `cadre.dev/v1alpha1 MoETier`
-    Tier,
-    /// `apps/v1 Deployment`
-    Deployment,
-    /// `apps/v1 StatefulSet`
-    StatefulSet,
-    /// `v1 Service`
-    Service,
-    /// `v1 ConfigMap`
-    ConfigMap,
-    /// `v1 ServiceAccount`
-    ServiceAccount,
-    /// `policy/v1 PodDisruptionBudget`
-    PodDisruptionBudget,
-    /// `v1 Pod`
-    Pod,
-}
-
 /// A state change worth an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Transition {
@@ -122,22 +102,6 @@ pub struct Transition {
     pub action: String,
     /// Words, at most 1 KiB.
     pub note: String,
-}
-
-impl ObjectKind {
-    /// Its `kind`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Tier => "MoETier",
-            Self::Deployment => "Deployment",
-            Self::StatefulSet => "StatefulSet",
-            Self::Service => "Service",
-            Self::ConfigMap => "ConfigMap",
-            Self::ServiceAccount => "ServiceAccount",
-            Self::PodDisruptionBudget => "PodDisruptionBudget",
-            Self::Pod => "Pod",
-        }
-    }
 }
 
 /// Plans one model.

@@ -1,7 +1,7 @@
 //! What the operator may do, as data: the chart's roles are checked against it, and the tests of `run` refuse any
 //! request that no rule here allows.
 //!
-//! Least privilege: no wildcard, no secrets, nothing on pods but to withdraw them and to set their gates. Pods of a
+//! Least privilege: no wildcard, no reading of Secrets but of the operator's own key, nothing on pods but to withdraw them and to set their gates. Pods of a
 //! model need no rights at all (docs/adr/0008), hence no Role is ever created.
 
 use k8s_openapi::api::rbac::v1::PolicyRule;
@@ -28,6 +28,8 @@ pub struct Rule {
     pub resources: &'static [&'static str],
     /// What is done with them.
     pub verbs: &'static [&'static str],
+    /// Only the object of the operator's own name and this suffix.
+    pub only: Option<&'static str>,
     /// What for.
     pub reason: &'static str,
     /// The functions that do it, by file below `crates/operator/src`.
@@ -41,6 +43,7 @@ pub const RULES: &[Rule] = &[
         group: "cadre.dev",
         resources: &["moemodels"],
         verbs: &["list", "watch"],
+        only: None,
         reason: "The models.",
         code: "run/watch.rs: start",
     },
@@ -49,6 +52,7 @@ pub const RULES: &[Rule] = &[
         group: "cadre.dev",
         resources: &["moemodels/status", "moetiers/status"],
         verbs: &["patch"],
+        only: None,
         reason: "Conditions, replicas and progress.",
         code: "run/execute/status.rs: apply_status",
     },
@@ -57,6 +61,7 @@ pub const RULES: &[Rule] = &[
         group: "cadre.dev",
         resources: &["moemodels/finalizers"],
         verbs: &["update"],
+        only: None,
         reason: "Children that block their owner's deletion, where the admission plugin \
                  OwnerReferencesPermissionEnforcement asks for it.",
         code: "run/execute/children.rs: apply",
@@ -66,6 +71,7 @@ pub const RULES: &[Rule] = &[
         group: "cadre.dev",
         resources: &["moetiers"],
         verbs: &["get", "list", "watch", "create", "patch", "delete"],
+        only: None,
         reason: "The tiers: children that are scaled. `get`: an object of a wanted name that is not ours is looked at \
                  before anything is applied over it.",
         code: "run/watch.rs: start; run/execute/children.rs: apply, delete",
@@ -75,6 +81,7 @@ pub const RULES: &[Rule] = &[
         group: "apps",
         resources: &["deployments", "statefulsets"],
         verbs: &["get", "list", "watch", "create", "patch", "delete"],
+        only: None,
         reason: "Router, workers and shards.",
         code: "run/watch.rs: start; run/execute/children.rs: apply, delete",
     },
@@ -83,6 +90,7 @@ pub const RULES: &[Rule] = &[
         group: "",
         resources: &["services", "configmaps", "serviceaccounts"],
         verbs: &["get", "list", "watch", "create", "patch", "delete"],
+        only: None,
         reason: "How clients and members find a model, its layout, and the accounts of its pods (which have no rights). \
                  Only objects with the label cadre.dev/model are read.",
         code: "run/watch.rs: start; run/execute/children.rs: apply, delete",
@@ -92,7 +100,27 @@ pub const RULES: &[Rule] = &[
         group: "policy",
         resources: &["poddisruptionbudgets"],
         verbs: &["get", "list", "watch", "create", "patch", "delete"],
+        only: None,
         reason: "Budgets of the tiers.",
+        code: "run/watch.rs: start; run/execute/children.rs: apply, delete",
+    },
+    Rule {
+        scope: Scope::Watched,
+        group: "",
+        resources: &["secrets"],
+        verbs: &["create"],
+        only: None,
+        reason: "The cluster secret of each model, which is derived and so never read. No Secret of a model's namespace can \
+                 be read with this.",
+        code: "run/secrets.rs: make",
+    },
+    Rule {
+        scope: Scope::Watched,
+        group: "networking.k8s.io",
+        resources: &["networkpolicies"],
+        verbs: &["get", "list", "watch", "create", "patch", "delete"],
+        only: None,
+        reason: "Who may connect to a model's pods.",
         code: "run/watch.rs: start; run/execute/children.rs: apply, delete",
     },
     Rule {
@@ -100,6 +128,7 @@ pub const RULES: &[Rule] = &[
         group: "",
         resources: &["pods"],
         verbs: &["list", "watch", "delete"],
+        only: None,
         reason: "Which pods exist; outdated shards are replaced one by one.",
         code: "run/watch.rs: start; run/execute/children.rs: delete",
     },
@@ -108,6 +137,7 @@ pub const RULES: &[Rule] = &[
         group: "",
         resources: &["pods/status"],
         verbs: &["patch"],
+        only: None,
         reason: "The readiness gate cadre.dev/Routable.",
         code: "run/execute/gate.rs: set_routable",
     },
@@ -116,6 +146,7 @@ pub const RULES: &[Rule] = &[
         group: "",
         resources: &["persistentvolumeclaims"],
         verbs: &["list", "watch"],
+        only: None,
         reason: "The claim of a checkpoint: whether it exists and is bound.",
         code: "run/watch.rs: start",
     },
@@ -124,6 +155,7 @@ pub const RULES: &[Rule] = &[
         group: "",
         resources: &["events"],
         verbs: &["list", "watch"],
+        only: None,
         reason: "Why pods are refused (FailedCreate) or do not start (FailedMount): said nowhere else.",
         code: "run/watch.rs: start",
     },
@@ -132,6 +164,7 @@ pub const RULES: &[Rule] = &[
         group: "events.k8s.io",
         resources: &["events"],
         verbs: &["create", "patch"],
+        only: None,
         reason: "Events of models.",
         code: "run/events.rs: tell",
     },
@@ -140,6 +173,7 @@ pub const RULES: &[Rule] = &[
         group: "",
         resources: &["nodes"],
         verbs: &["list", "watch"],
+        only: None,
         reason: "Failure domains (labels) and readiness of the nodes that run pods of a model.",
         code: "run/watch.rs: start",
     },
@@ -148,10 +182,32 @@ pub const RULES: &[Rule] = &[
         group: "coordination.k8s.io",
         resources: &["leases"],
         verbs: &["get", "create", "patch"],
+        only: None,
         reason: "Leader election.",
         code: "run/lease.rs: attempt, released",
     },
+    Rule {
+        scope: Scope::Own,
+        group: "",
+        resources: &["secrets"],
+        verbs: &["create"],
+        only: None,
+        reason: "The key from which cluster secrets are derived is drawn once (a right to create cannot be confined to a name).",
+        code: "run/secrets.rs: key",
+    },
+    Rule {
+        scope: Scope::Own,
+        group: "",
+        resources: &["secrets"],
+        verbs: &["get"],
+        only: Some("-key"),
+        reason: "That key.",
+        code: "run/secrets.rs: key",
+    },
 ];
+
+/// The name of the operator's objects unless the chart's values say otherwise.
+const NAME: &str = "cadre-operator";
 
 /// The rules of one scope as a Role or ClusterRole has them.
 pub fn policy_rules(scope: Scope) -> Vec<PolicyRule> {
@@ -162,6 +218,7 @@ pub fn policy_rules(scope: Scope) -> Vec<PolicyRule> {
             api_groups: Some(vec![rule.group.to_owned()]),
             resources: Some(owned(rule.resources)),
             verbs: owned(rule.verbs),
+            resource_names: rule.only.map(|suffix| vec![format!("{NAME}{suffix}")]),
             ..PolicyRule::default()
         })
         .collect()
@@ -186,14 +243,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_wildcard_no_secret_and_nothing_twice() {
+    fn no_wildcard_no_reading_of_secrets_and_nothing_twice() {
         let mut seen = BTreeSet::new();
         for rule in RULES {
             for resource in rule.resources {
-                assert!(!resource.contains('*') && !resource.contains("secret"), "{resource}");
+                assert!(!resource.contains('*'), "{resource}");
                 for verb in rule.verbs {
                     assert_ne!(*verb, "*", "{resource}");
-                    assert!(seen.insert((rule.group, *resource, *verb)), "{resource} {verb} is there twice");
+                    let reads = *resource == "secrets" && *verb != "create";
+                    assert!(!reads || (rule.scope == Scope::Own && rule.only.is_some()), "{verb} {resource}");
+                    assert!(
+                        seen.insert((rule.scope, rule.group, *resource, *verb)),
+                        "{resource} {verb} is there twice"
+                    );
                 }
             }
         }

@@ -18,15 +18,17 @@ use self::{
     client::{ApiLayer, Pressure},
     coordinator::Coordinators,
     events::Events,
+    gather::Settings,
     lease::{Candidate, Lease, Renewals},
     memory::Memories,
     metrics::OperatorMetrics,
     queue::Queue,
     reconcile::Reconciler,
+    secrets::Secrets,
     stores::Stores,
     watch::{CACHES, Synced, Watches},
 };
-use crate::{observed::Observed, plan::Plan};
+use crate::{allowed::Allowed, observed::Observed, plan::Plan};
 
 mod backoff;
 mod client;
@@ -41,6 +43,7 @@ mod memory;
 pub mod metrics;
 mod queue;
 mod reconcile;
+mod secrets;
 mod store;
 mod stores;
 mod strangers;
@@ -69,6 +72,12 @@ pub struct OperatorOptions {
     pub lease: Option<LeaseOptions>,
     /// Image of pods whose model names none: its own.
     pub default_image: String,
+    /// Namespace of its own pod, if it runs in one.
+    pub pod_namespace: Option<String>,
+    /// What models may ask for beyond their own pods.
+    pub allowed: Allowed,
+    /// Secret with the key from which the models' cluster secrets are derived, in the namespace of the lease.
+    pub key: String,
     /// Where to serve metrics, health and readiness.
     pub admin: SocketAddr,
     /// Models reconciled at one time.
@@ -163,10 +172,13 @@ impl Operator {
         metrics: OperatorMetrics,
         readiness: Readiness,
     ) -> Self {
+        let namespace = options.lease.as_ref().and_then(|lease| lease.namespace.clone());
+        let namespace = namespace.unwrap_or(clients.namespace);
+        let secrets = Secrets::new(clients.api.clone(), namespace.clone(), options.key);
         let candidate = options.lease.map(|lease| Candidate {
             client: clients.lease,
             renewals: clients.renewals,
-            namespace: lease.namespace.unwrap_or(clients.namespace),
+            namespace,
             name: lease.name,
             identity: options.identity.clone(),
         });
@@ -180,7 +192,12 @@ impl Operator {
             metrics: metrics.clone(),
             memories: Memories::default(),
             planner,
-            default_image: options.default_image,
+            secrets: Some(secrets),
+            settings: Settings {
+                default_image: options.default_image,
+                operator_namespace: options.pod_namespace,
+                allowed: options.allowed,
+            },
         };
         let (client, namespaces, synced) = (clients.api, options.namespaces, Synced::new(readiness));
         let watches = Watches { client, namespaces, stores, queue, metrics, synced };

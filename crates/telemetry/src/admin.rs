@@ -2,13 +2,14 @@
 //!
 //! `/healthz` says that the process is alive and answers; it never depends on a peer, so that losing
 //! one never makes Kubernetes restart another. `/readyz` is 200 only when every condition of
-//! [`Readiness`] holds, and otherwise lists what is missing.
+//! [`Readiness`] holds, and otherwise lists what is missing. With `?hold=SECONDS` a process that was never ready
+//! answers only when it is, or after so long: a probe that waits for a start is not one that fails.
 
-use std::future::Future;
+use std::{future::Future, time::Duration};
 
 use axum::{
     Json, Router,
-    extract::State,
+    extract::{Query, State},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
@@ -60,7 +61,22 @@ async fn metrics_text(State(state): State<AdminState>) -> Response {
     }
 }
 
-async fn readyz(State(state): State<AdminState>) -> Response {
+/// Longest hold: who asks for more is answered after so long. Longer than any start, so that a probe's own time-out
+/// decides; an end, so that no connection stays for ever.
+const MAX_HOLD: Duration = Duration::from_secs(3600);
+
+/// How `/readyz` is asked.
+#[derive(Debug, Default, serde::Deserialize)]
+struct Asked {
+    /// Seconds to wait for the first readiness of this process.
+    #[serde(default)]
+    hold: u64,
+}
+
+async fn readyz(State(state): State<AdminState>, Query(asked): Query<Asked>) -> Response {
+    let hold = Duration::from_secs(asked.hold).min(MAX_HOLD);
+    // Ready in time or not: what holds now is said below.
+    let _ = tokio::time::timeout(hold, state.readiness.first()).await;
     let missing = state.readiness.missing();
     let status = if missing.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let body = serde_json::json!({ "ready": missing.is_empty(), "missing": missing });
@@ -102,8 +118,16 @@ mod tests {
         let body: serde_json::Value = serde_json::from_str(&body).unwrap();
         assert_eq!(body["missing"][0]["condition"], "weights");
         assert_eq!(body["missing"][0]["reason"], "loading 3 of 9 bytes");
+        let held = tokio::spawn(async move { fetch(address, "/readyz?hold=600").await.0 });
+        let (status, _) = fetch(address, "/readyz?hold=0").await;
+        assert_eq!((status, held.is_finished()), (503, false));
+        assert_eq!(fetch(address, "/readyz?hold=soon").await.0, 400);
         readiness.met("weights");
+        assert_eq!(held.await.unwrap(), 200);
         assert_eq!(fetch(address, "/readyz").await.0, 200);
+        readiness.unmet("weights", "lost");
+        assert_eq!(fetch(address, "/readyz?hold=600").await.0, 503, "only the first readiness is waited for");
+        readiness.met("weights");
         let (status, text) = fetch(address, "/metrics").await;
         assert_eq!(status, 200);
         assert!(text.contains("process_"), "{text}");

@@ -15,6 +15,8 @@ type Conditions = BTreeMap<&'static str, Option<String>>;
 pub struct Readiness {
     /// `None` is met; `Some` is the reason why not.
     conditions: Arc<watch::Sender<Conditions>>,
+    /// Every condition has held at one time.
+    was_ready: Arc<watch::Sender<bool>>,
 }
 
 /// A condition that does not hold.
@@ -31,7 +33,8 @@ impl Readiness {
     pub fn new(conditions: &[(&'static str, &str)]) -> Self {
         let initial: Conditions =
             conditions.iter().map(|&(name, reason)| (name, Some(reason.to_owned()))).collect();
-        Self { conditions: Arc::new(watch::Sender::new(initial)) }
+        let was_ready = Arc::new(watch::Sender::new(initial.is_empty()));
+        Self { conditions: Arc::new(watch::Sender::new(initial)), was_ready }
     }
 
     /// The condition holds now. A name outside the set joins it.
@@ -77,6 +80,12 @@ impl Readiness {
         let _ = changes.wait_for(|set| set.values().all(Option::is_none) == ready).await;
     }
 
+    /// Waits until every condition has held for the first time; at once if that is past. The caller bounds the wait.
+    pub async fn first(&self) {
+        // As above.
+        let _ = self.was_ready.subscribe().wait_for(|was| *was).await;
+    }
+
     fn update(&self, condition: &'static str, reason: Option<String>) {
         self.conditions.send_if_modified(|set| {
             let changed = set.get(condition) != Some(&reason);
@@ -85,6 +94,9 @@ impl Readiness {
             }
             changed
         });
+        if self.is_ready() {
+            self.was_ready.send_if_modified(|was| !std::mem::replace(was, true));
+        }
     }
 }
 
@@ -115,5 +127,6 @@ mod tests {
         waiter.await.expect("the waiter ends");
         readiness.unmet("step", "draining");
         readiness.wait(false).await;
+        readiness.first().await;
     }
 }

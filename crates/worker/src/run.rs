@@ -198,6 +198,10 @@ impl Worker {
     /// Proves the engine, takes requests; returns only if proving is impossible.
     async fn serve(&self, engine: &EngineHandle) -> Result<()> {
         self.prove(engine).await?;
+        // From here on: the steps of the self-test are nobody's traffic, and imbalance is measured over traffic.
+        let stats = self.dispatch.as_ref().map(DispatchHandle::stats);
+        *self.report.expert_load.lock().unwrap_or_else(PoisonError::into_inner) =
+            stats.map(ExpertLoadWindow::new);
         self.service.serve_with(engine.clone());
         self.health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::Serving).await;
         self.readiness.met(SERVING);
@@ -247,9 +251,6 @@ impl Worker {
         self.membership.set_weights_digest(self.report.weights_digest.load(Ordering::Relaxed));
         let handle = engine.handle();
         self.engine = Some(engine);
-        let stats = dispatch.stats();
-        *self.report.expert_load.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some(ExpertLoadWindow::new(stats));
         // Set once: this is the only engine of the process.
         let _ = self.report.engine.set(handle.clone());
         self.dispatch = Some(dispatch);

@@ -24,8 +24,7 @@ use crate::{
 };
 
 /// Kinds of children.
-const CHILDREN: &str =
-    "moetiers,deployments,statefulsets,services,configmaps,serviceaccounts,poddisruptionbudgets";
+const CHILDREN: &str = "moetiers,deployments,statefulsets,services,configmaps,serviceaccounts,poddisruptionbudgets,networkpolicies";
 
 /// A model that was applied.
 #[derive(Debug)]

@@ -31,6 +31,10 @@ pub const RELEASE: &str = "cadre";
 /// Its pods, and not those of `helm test`.
 pub const SELECTOR: &str = "app.kubernetes.io/instance=cadre,app.kubernetes.io/component=operator";
 
+/// What models of the tests may ask for: they show how a cluster refuses what the operator allows.
+const ALLOWED_FOLDER: &str = "models.allow.hostPaths={/models}";
+const ALLOWED_CLASS: &str = "models.allow.priorityClasses={example-none}";
+
 /// The installed operator.
 #[derive(Debug)]
 pub struct Operator {
@@ -156,7 +160,10 @@ pub fn install(more: &[&str]) -> Duration {
     let operator = chart("cadre");
     let image = image_values();
     let image: Vec<&str> = image.iter().map(String::as_str).collect();
-    cluster().must_helm(&[&["upgrade", "--install", RELEASE, &operator], &common[..], &image, more].concat());
+    let allow = ["--set", ALLOWED_FOLDER, "--set", ALLOWED_CLASS];
+    cluster().must_helm(
+        &[&["upgrade", "--install", RELEASE, &operator], &common[..], &image, &allow, more].concat(),
+    );
     begun.elapsed()
 }
 

@@ -223,6 +223,18 @@ fn a_priority_class_that_does_not_exist() {
 }
 
 #[test]
+fn what_the_operator_does_not_allow() {
+    let source = json!({"image": null, "hostPath": {"path": "/etc"}});
+    for (test, patch) in [
+        ("folder", json!({"spec": {"model": {"source": source}}})),
+        ("class", json!({"spec": {"decode": {"priorityClassName": "system-node-critical"}}})),
+        ("account", json!({"spec": {"router": {"serviceAccountName": "default"}}})),
+    ] {
+        refused_at_once(test, patch, Reason::NotAllowed);
+    }
+}
+
+#[test]
 fn less_memory_than_the_process_needs() {
     Operator::installed();
     let namespace = Namespace::new("oom");

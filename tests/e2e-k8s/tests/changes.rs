@@ -45,6 +45,28 @@ fn a_new_image_replaces_every_pod_and_no_text() {
 }
 
 #[test]
+fn a_typo_in_the_image_costs_no_request_and_is_named() {
+    const TYPO: &str = "registry.example.com/cadre:typo";
+    Operator::installed();
+    let namespace = Namespace::new("typo");
+    let model = Model::ready(&namespace, &json!({}));
+    let before = model.all_pods().expect("pods");
+    let image = model.get().expect("the model").spec.image;
+    let soak = Soak::start(&model);
+    model.change(&json!({"spec": {"image": TYPO}}));
+    let condition = model.until_reason(ConditionType::Degraded, Reason::ImagePullFailed, LIMIT);
+    assert!(condition.message.contains(TYPO), "{}", condition.message);
+    soak.more(4 * STREAMS);
+    assert_eq!(model.condition(ConditionType::Ready).expect("a condition").status, "True");
+    let now = model.all_pods().expect("pods");
+    assert!(pod::uids(&before).is_subset(&pod::uids(&now)), "{}", pod::names(&now));
+    model.change(&json!({"spec": {"image": image}}));
+    model.until_settled();
+    soak.end_without_failure().record("a typo in the image");
+    assert_eq!(pod::uids(&model.all_pods().expect("pods")), pod::uids(&before), "nothing was replaced");
+}
+
+#[test]
 fn a_new_template_of_one_tier_replaces_its_pods_and_no_others() {
     Operator::installed();
     let namespace = Namespace::new("template");

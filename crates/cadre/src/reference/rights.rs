@@ -30,6 +30,9 @@ fn write_rule(text: &mut String, rule: &Rule) -> std::fmt::Result {
     writeln!(text, "# {} ({})", rule.reason, rule.code)?;
     writeln!(text, "- apiGroups: [\"{}\"]", rule.group)?;
     writeln!(text, "  resources: [{}]", rule.resources.join(", "))?;
+    if let Some(suffix) = rule.only {
+        writeln!(text, "  resourceNames: [{{{{ include \"cadre.fullname\" . }}}}{suffix}]")?;
+    }
     writeln!(text, "  verbs: [{}]", rule.verbs.join(", "))
 }
 
@@ -41,9 +44,10 @@ pub(super) fn table() -> String {
             let group = if rule.group.is_empty() { String::new() } else { format!(" of {}", rule.group) };
             let resources = rule.resources.iter().map(|resource| format!("`{resource}`"));
             let resources = resources.collect::<Vec<_>>().join(", ");
+            let only = rule.only.map(|suffix| format!(" `cadre-operator{suffix}`")).unwrap_or_default();
             let _ = writeln!(
                 text,
-                "| {words} | {resources}{group} | {} | {} |",
+                "| {words} | {resources}{only}{group} | {} | {} |",
                 rule.verbs.join(", "),
                 rule.reason
             );
@@ -63,8 +67,12 @@ mod tests {
         assert_eq!(table.lines().count(), RULES.len() + 2);
         for rule in RULES {
             assert!(!rule.reason.contains('|'), "{}", rule.reason);
+            let only = rule
+                .only
+                .map(|suffix| format!("  resourceNames: [{{{{ include \"cadre.fullname\" . }}}}{suffix}]\n"));
+            let (resources, verbs) = (rule.resources.join(", "), rule.verbs.join(", "));
             let written =
-                format!("resources: [{}]\n  verbs: [{}]\n", rule.resources.join(", "), rule.verbs.join(", "));
+                format!("resources: [{resources}]\n{}  verbs: [{verbs}]\n", only.unwrap_or_default());
             assert!(rules.contains(&written), "{written}");
             assert!(table.contains(rule.reason), "{}", rule.reason);
         }

@@ -11,7 +11,7 @@ use cadre_k8s_api::{
     IMAGE, MoEModel,
     manifest::{self, Document},
 };
-use cadre_operator::{CoordinatorAddress, LeaseOptions, OperatorOptions, plan};
+use cadre_operator::{Allowed, CoordinatorAddress, LeaseOptions, OperatorOptions, plan};
 use cadre_telemetry::{LogFormat, init_logging};
 use clap::{Args, Subcommand};
 
@@ -30,6 +30,24 @@ pub(crate) struct OperatorArgs {
     /// Image of pods whose model names none.
     #[arg(long, value_name = "IMAGE", env = "CADRE_IMAGE", default_value = IMAGE)]
     image: String,
+    /// Folder of the nodes that models may mount, with all below it; several by commas. [default: none]
+    #[arg(long, value_name = "PATH", value_delimiter = ',')]
+    allow_host_path: Vec<String>,
+    /// Priority class that pods of models may have, or * for all; several by commas. [default: none]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    allow_priority_class: Vec<String>,
+    /// Service account that pods of models may run as, or * for all; several by commas. [default: none]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    allow_service_account: Vec<String>,
+    /// Let models put Secrets of their namespace into their pods.
+    #[arg(long)]
+    allow_secrets: bool,
+    /// Secret with the key of the models' cluster secrets, in the namespace of the lease; drawn if there is none.
+    #[arg(long, value_name = "NAME", default_value = "cadre-operator-key")]
+    key: String,
+    /// Namespace of the operator's pod, which NetworkPolicies of models let in. [default: any]
+    #[arg(long, value_name = "NAME", env = "CADRE_POD_NAMESPACE")]
+    pod_namespace: Option<String>,
     /// Name among the replicas of the operator. [default: host name and process id]
     #[arg(long, value_name = "NAME", env = "CADRE_POD_NAME")]
     identity: Option<String>,
@@ -89,6 +107,14 @@ impl OperatorArgs {
             identity: self.identity.unwrap_or_else(own_name),
             lease: (!self.no_leader_election).then_some(lease),
             default_image: self.image,
+            pod_namespace: self.pod_namespace,
+            allowed: Allowed {
+                host_paths: self.allow_host_path,
+                priority_classes: self.allow_priority_class,
+                service_accounts: self.allow_service_account,
+                secrets: self.allow_secrets,
+            },
+            key: self.key,
             admin: self.admin,
             concurrency: self.concurrency,
             coordinator: self.coordinator_address.map(CoordinatorAddress::template).unwrap_or_default(),
@@ -175,6 +201,11 @@ mod tests {
         assert_eq!(options.namespaces, ["a", "b"]);
         let lease = LeaseOptions { namespace: Some("cadre".into()), name: "cadre-operator".into() };
         assert_eq!((options.lease, options.identity.as_str()), (Some(lease), "us"));
+        assert_eq!(options.allowed, Allowed::default(), "nothing is allowed by default");
+        let allowing =
+            ["--allow-host-path", "/srv/a,/srv/b", "--allow-priority-class", "high", "--allow-secrets"];
+        let allowed = parsed(&allowing).options().allowed;
+        assert_eq!((allowed.host_paths.len(), allowed.priority_classes.len(), allowed.secrets), (2, 1, true));
         let options = parsed(&["--no-leader-election"]).options();
         assert_eq!((options.lease, options.namespaces.len()), (None, 0));
         assert!(Line::try_parse_from(["operator", "--no-leader-election", "--lease", "x"]).is_err());

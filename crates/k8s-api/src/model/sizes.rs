@@ -6,7 +6,7 @@ use kube::ResourceExt;
 
 use super::{
     Accelerator, ClaimSource, HostPath, ImagePath, ImageVolume, MoEModel, MoEModelSpec, ModelSource, PodSpec,
-    Resources, RouterSpec,
+    Resources, RouterSpec, WorkerTierSpec,
 };
 use crate::names::Tier;
 
@@ -86,6 +86,15 @@ impl MoEModelSpec {
             Tier::Prefill => &self.prefill.pod,
             Tier::Decode => &self.decode.pod,
             Tier::Experts => &self.experts.pod,
+        }
+    }
+
+    /// The tier as one of workers; experts are none.
+    pub fn worker(&self, tier: Tier) -> Option<&WorkerTierSpec> {
+        match tier {
+            Tier::Prefill => Some(&self.prefill),
+            Tier::Decode => Some(&self.decode),
+            Tier::Experts => None,
         }
     }
 

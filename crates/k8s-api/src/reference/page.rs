@@ -83,6 +83,9 @@ fn write_kind(
     version.map_or(Ok(()), |version| write_columns(page, version))
 }
 
+/// Fields of Kubernetes' own types: documented by Kubernetes, and long.
+const KUBERNETES: [&str; 3] = ["affinity", "clients", "metrics"];
+
 /// Everything below a top-level field, in the schema's order.
 fn fields<'a>(schema: &'a Value, top: &str) -> Vec<Field<'a>> {
     let mut found = Vec::new();
@@ -96,6 +99,9 @@ fn collect<'a>(schema: &'a Value, path: &str, found: &mut Vec<Field<'a>>) {
     for (name, inner) in schema["properties"].as_object().into_iter().flatten() {
         let path = format!("{path}.{name}");
         found.push(Field { path: path.clone(), schema: inner, required: required(name) });
+        if KUBERNETES.contains(&name.as_str()) {
+            continue;
+        }
         collect(inner, &path, found);
         collect(&inner["items"], &format!("{path}[]"), found);
     }

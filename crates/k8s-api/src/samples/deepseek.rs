@@ -8,8 +8,8 @@ use super::{Object, Sample};
 use crate::{
     MoEModel, MoEModelSpec,
     model::{
-        Accelerator, BudgetSpec, ClaimSource, ExpertTierSpec, ModelSource, ModelSpec, Numerics, PodSpec,
-        Resources, RouterSpec, WorkerTierSpec,
+        Accelerator, BudgetSpec, ClaimSource, ExpertLimits, ExpertTierSpec, ModelSource, ModelSpec,
+        NetworkSpec, Numerics, PodSpec, Resources, RouterSpec, WorkerLimits, WorkerTierSpec,
     },
 };
 
@@ -45,7 +45,8 @@ fn in_pool(pool: &str, pod: PodSpec) -> PodSpec {
 }
 
 fn workers(replicas: i32, kv_cache: &str, gpu: &str, pod: PodSpec) -> WorkerTierSpec {
-    WorkerTierSpec { replicas, kv_cache: quantity(kv_cache), accelerator: one(gpu), pod }
+    let limits = WorkerLimits::default();
+    WorkerTierSpec { replicas, kv_cache: quantity(kv_cache), limits, accelerator: one(gpu), pod }
 }
 
 fn one(resource: &str) -> Option<Accelerator> {
@@ -73,10 +74,11 @@ fn model(sizes: Sizes) -> Result<serde_json::Value, serde_json::Error> {
             routed_experts: 256,
             numerics: Numerics::Bf16,
         },
-        router: RouterSpec { pod: sizes.router },
+        router: RouterSpec { pod: sizes.router, ..RouterSpec::default() },
         prefill: sizes.prefill,
         decode: sizes.decode,
         experts: sizes.experts,
+        network: NetworkSpec::default(),
         budget: Some(BudgetSpec { gpus: sizes.gpus }),
         drain_seconds: 120,
     };
@@ -94,6 +96,7 @@ pub(super) fn one_node() -> Result<Sample, serde_json::Error> {
             redundant_slots: 8,
             min_copies: 1,
             spread_by: "kubernetes.io/hostname".to_owned(),
+            limits: ExpertLimits::default(),
             accelerator: one(GPU),
             pod: resources("8", "116Gi"),
         },
@@ -133,6 +136,7 @@ pub(super) fn ep32() -> Result<Sample, serde_json::Error> {
             redundant_slots: 32,
             min_copies: 1,
             spread_by: "kubernetes.io/hostname".to_owned(),
+            limits: ExpertLimits::default(),
             accelerator: one(SHARED_GPU),
             pod: resources("4", "28Gi"),
         },
@@ -174,6 +178,7 @@ pub(super) fn pools() -> Result<Sample, serde_json::Error> {
             redundant_slots: 256,
             min_copies: 2,
             spread_by: "topology.kubernetes.io/zone".to_owned(),
+            limits: ExpertLimits::default(),
             accelerator: one(GPU),
             pod: in_pool("experts", resources("8", "48Gi")),
         },

@@ -3,13 +3,17 @@
 use super::{Object, Sample, deepseek::resources};
 use crate::{
     IMAGE, MoEModel, MoEModelSpec,
-    model::{ExpertTierSpec, ImagePath, ModelSource, ModelSpec, Numerics, RouterSpec, WorkerTierSpec},
+    model::{
+        ExpertLimits, ExpertTierSpec, ImagePath, ModelSource, ModelSpec, NetworkSpec, Numerics, RouterSpec,
+        WorkerLimits, WorkerTierSpec,
+    },
 };
 
 pub(super) fn sample() -> Result<Sample, serde_json::Error> {
     let workers = || WorkerTierSpec {
         replicas: 1,
         kv_cache: super::deepseek::quantity("64Mi"),
+        limits: WorkerLimits::default(),
         accelerator: None,
         pod: resources("100m", "192Mi"),
     };
@@ -25,7 +29,7 @@ pub(super) fn sample() -> Result<Sample, serde_json::Error> {
             routed_experts: 32,
             numerics: Numerics::Bf16,
         },
-        router: RouterSpec { pod: resources("50m", "64Mi") },
+        router: RouterSpec { pod: resources("50m", "64Mi"), ..RouterSpec::default() },
         prefill: workers(),
         decode: workers(),
         experts: ExpertTierSpec {
@@ -33,9 +37,11 @@ pub(super) fn sample() -> Result<Sample, serde_json::Error> {
             redundant_slots: 32,
             min_copies: 2,
             spread_by: "kubernetes.io/hostname".to_owned(),
+            limits: ExpertLimits::default(),
             accelerator: None,
             pod: resources("100m", "96Mi"),
         },
+        network: NetworkSpec::default(),
         budget: None,
         drain_seconds: 30,
     };

@@ -19,7 +19,6 @@ use cadre_k8s_api::{
     names::{APPLIED_HASH, FIELD_MANAGER, label},
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use serde::Serialize;
 use serde_json::Value;
 
 use super::{
@@ -163,7 +162,7 @@ fn owner(facts: &Facts<'_>, meta: &ObjectMeta) -> Owner {
 fn leftovers(facts: &Facts<'_>, rendered: &Rendered) -> Vec<Action> {
     let wanted: BTreeSet<_> =
         rendered.children.iter().map(|child| (child.kind, child.name.as_str())).collect();
-    let left = metas(facts).into_iter().filter(|(kind, meta)| {
+    let left = metas(facts).filter(|(kind, meta)| {
         let name = meta.name.as_deref().unwrap_or_default();
         facts.owns(meta) && meta.deletion_timestamp.is_none() && !wanted.contains(&(*kind, name))
     });
@@ -191,44 +190,17 @@ impl Live<'_> {
 }
 
 fn find<'a>(facts: &Facts<'a>, kind: ObjectKind, name: &str) -> Option<Live<'a>> {
-    fn of<'a, T: Serialize>(
-        all: &'a [T],
-        meta: impl Fn(&'a T) -> &'a ObjectMeta,
-        name: &str,
-    ) -> Option<Live<'a>> {
-        let found = all.iter().find(|object| meta(object).name.as_deref() == Some(name))?;
-        Some(Live { meta: meta(found), value: serde_json::to_value(found).ok()? })
-    }
     let observed = facts.observed();
-    match kind {
-        ObjectKind::Tier => {
-            let found = observed.tiers.values().find(|tier| tier.metadata.name.as_deref() == Some(name))?;
-            Some(Live { meta: &found.metadata, value: serde_json::to_value(found).ok()? })
-        }
-        ObjectKind::Deployment => of(&observed.deployments, |object| &object.metadata, name),
-        ObjectKind::StatefulSet => of(&observed.stateful_sets, |object| &object.metadata, name),
-        ObjectKind::Service => of(&observed.services, |object| &object.metadata, name),
-        ObjectKind::ConfigMap => of(&observed.config_maps, |object| &object.metadata, name),
-        ObjectKind::ServiceAccount => of(&observed.service_accounts, |object| &object.metadata, name),
-        ObjectKind::PodDisruptionBudget => of(&observed.disruption_budgets, |object| &object.metadata, name),
-        ObjectKind::Pod => of(&observed.pods, |object| &object.metadata, name),
+    if kind == ObjectKind::Tier {
+        let found = observed.tiers.values().find(|tier| tier.metadata.name.as_deref() == Some(name))?;
+        return Some(Live { meta: &found.metadata, value: serde_json::to_value(found).ok()? });
     }
+    observed.children.find(kind, name).map(|(meta, value)| Live { meta, value })
 }
 
 /// Everything that may be a child; pods are their workloads'.
-fn metas<'a>(facts: &Facts<'a>) -> Vec<(ObjectKind, &'a ObjectMeta)> {
+fn metas<'a>(facts: &Facts<'a>) -> impl Iterator<Item = (ObjectKind, &'a ObjectMeta)> {
     let observed = facts.observed();
-    let mut metas = Vec::new();
-    metas.extend(observed.tiers.values().map(|object| (ObjectKind::Tier, &object.metadata)));
-    metas.extend(observed.deployments.iter().map(|object| (ObjectKind::Deployment, &object.metadata)));
-    metas.extend(observed.stateful_sets.iter().map(|object| (ObjectKind::StatefulSet, &object.metadata)));
-    metas.extend(observed.services.iter().map(|object| (ObjectKind::Service, &object.metadata)));
-    metas.extend(observed.config_maps.iter().map(|object| (ObjectKind::ConfigMap, &object.metadata)));
-    metas.extend(
-        observed.service_accounts.iter().map(|object| (ObjectKind::ServiceAccount, &object.metadata)),
-    );
-    metas.extend(
-        observed.disruption_budgets.iter().map(|object| (ObjectKind::PodDisruptionBudget, &object.metadata)),
-    );
-    metas
+    let tiers = observed.tiers.values().map(|object| (ObjectKind::Tier, &object.metadata));
+    tiers.chain(observed.children.metas())
 }

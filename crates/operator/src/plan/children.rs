@@ -10,6 +10,8 @@ mod checkpoint;
 mod experts;
 mod layout;
 mod meta;
+mod network;
+mod overlay;
 mod pod;
 mod router;
 mod services;
@@ -88,35 +90,57 @@ pub(super) fn render(facts: &Facts<'_>, wants: &Wants, pace: &Pace) -> Rendered 
     let mut children: Vec<Option<Child>> =
         Component::ALL.into_iter().map(|of| accounts::account(facts, of)).collect();
     children.push(layout::config_map(facts, wants));
-    children.extend(services::all(facts));
+    children.extend(network::policies(facts));
     children.extend(Tier::ALL.into_iter().map(|tier| tiers::tier(facts, wants, tier)));
     children.extend(Tier::ALL.into_iter().map(|tier| budgets::budget(facts, tier)));
     rendered.children = children.into_iter().flatten().collect();
+    workloads(facts, pace, &mut rendered);
+    // Before the workloads: their pods look for them. Their selector follows from the router's template.
+    let services = services::all(facts, rendered.template(Component::Router));
+    rendered.children.splice(0..0, services.into_iter().flatten());
+    rendered
+}
+
+/// Router, workers and shards.
+fn workloads(facts: &Facts<'_>, pace: &Pace, rendered: &mut Rendered) {
     let Some(source) = facts.spec().model.source.given() else {
         let message =
             "spec.model.source: give exactly one of image, persistentVolumeClaim, hostPath, imageVolume";
         rendered.faults =
             Component::ALL.map(|of| (of, Reason::InvalidConfiguration, message.to_owned())).to_vec();
-        return rendered;
+        return;
     };
+    let allowed = &facts.observed().allowed;
+    if let Some(message) = allowed.refuses_model(facts.spec()) {
+        rendered.faults = Component::ALL.map(|of| (of, Reason::NotAllowed, message.clone())).to_vec();
+        return;
+    }
     let image = facts.spec().image.as_deref().unwrap_or(&facts.observed().default_image);
     let checkpoint = checkpoint::hash(facts.spec());
     rendered.checkpoint.clone_from(&checkpoint);
     let blueprint = Blueprint { facts, pace, image, source, checkpoint };
-    rendered.add(Component::Router, router::deployment(&blueprint));
-    rendered.add(Component::Tier(Tier::Experts), experts::stateful_set(&blueprint));
-    for tier in [Tier::Prefill, Tier::Decode] {
-        let component = Component::Tier(tier);
-        match facts.spec().kv_cache(tier).map(quantity::units) {
-            Some(Ok(bytes)) => rendered.add(component, workers::deployment(&blueprint, tier, bytes)),
-            Some(Err(error)) => {
-                let message = format!("spec.{}.kvCache: {error}", tier.suffix());
-                rendered.faults.push((component, Reason::InvalidConfiguration, message));
-            }
-            None => {}
+    for component in Component::ALL {
+        let refused = match component {
+            Component::Router => allowed.refuses_router(facts.spec()),
+            Component::Tier(tier) => allowed.refuses_tier(facts.spec(), tier),
+        };
+        if let Some(message) = refused {
+            rendered.faults.push((component, Reason::NotAllowed, message));
+            continue;
+        }
+        match component {
+            Component::Router => rendered.add(component, router::deployment(&blueprint)),
+            Component::Tier(Tier::Experts) => rendered.add(component, experts::stateful_set(&blueprint)),
+            Component::Tier(tier) => match facts.spec().kv_cache(tier).map(quantity::units) {
+                Some(Ok(bytes)) => rendered.add(component, workers::deployment(&blueprint, tier, bytes)),
+                Some(Err(error)) => {
+                    let message = format!("spec.{}.kvCache: {error}", tier.suffix());
+                    rendered.faults.push((component, Reason::InvalidConfiguration, message));
+                }
+                None => {}
+            },
         }
     }
-    rendered
 }
 
 impl Rendered {

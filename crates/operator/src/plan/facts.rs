@@ -113,19 +113,39 @@ impl<'a> Facts<'a> {
         self.active(Component::Tier(tier)).filter(routable).count()
     }
 
+    /// The router whose coordinator members and operator ask: of several that run, the one that came first. A newer one
+    /// stands by until that has gone.
+    pub(super) fn router_in_charge(&self) -> Option<&OurPod<'a>> {
+        let running = self.active(Component::Router).filter(|pod| pod.has_started());
+        running.min_by_key(|pod| (pod.created(), pod.name()))
+    }
+
+    /// Some pod of the model runs this image: it exists, it can be pulled, and its program starts.
+    pub(super) fn is_proven(&self, image: &str) -> bool {
+        self.pods.iter().any(|pod| pod.is_active() && pod.has_started() && pod.image() == Some(image))
+    }
+
     /// A Deployment of ours by component.
     pub(super) fn deployment(&self, component: Component) -> Option<&'a Deployment> {
         let name = component.object_name(self.name);
-        let mut named =
-            self.observed.deployments.iter().filter(move |found| found.metadata.name.as_ref() == Some(&name));
+        let mut named = self
+            .observed
+            .children
+            .deployments
+            .iter()
+            .filter(move |found| found.metadata.name.as_ref() == Some(&name));
         named.next().filter(|found| self.owns(&found.metadata))
     }
 
     /// The StatefulSet of the shards, if it is ours.
     pub(super) fn stateful_set(&self) -> Option<&'a StatefulSet> {
         let name = Tier::Experts.object_name(self.name);
-        let mut named =
-            self.observed.stateful_sets.iter().filter(|found| found.metadata.name.as_ref() == Some(&name));
+        let mut named = self
+            .observed
+            .children
+            .stateful_sets
+            .iter()
+            .filter(|found| found.metadata.name.as_ref() == Some(&name));
         named.next().filter(|found| self.owns(&found.metadata))
     }
 
@@ -156,7 +176,7 @@ impl<'a> Facts<'a> {
 
     /// The router has just started, so its coordinator may not know everybody yet.
     pub(super) fn is_settling(&self) -> bool {
-        let started = self.active(Component::Router).filter_map(OurPod::running_since).max();
+        let started = self.router_in_charge().and_then(OurPod::running_since);
         started.is_some_and(|started| !self.clock.passed(started, SETTLING))
     }
 

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 
 use cadre_k8s_api::{Reason, Tier};
+use cadre_types::MemberStatus;
 use k8s_openapi::api::apps::v1::Deployment;
 
 use super::{
@@ -38,6 +39,7 @@ pub(super) struct Finding {
 const ORDER: &[Reason] = &[
     Reason::NameTaken,
     Reason::InvalidConfiguration,
+    Reason::NotAllowed,
     Reason::ChildRefused,
     Reason::ClaimNotFound,
     Reason::ClaimNotBound,
@@ -54,6 +56,7 @@ const ORDER: &[Reason] = &[
     Reason::InsufficientResources,
     Reason::Unschedulable,
     Reason::CoordinatorUnreachable,
+    Reason::UnknownMember,
     Reason::FailureDomainUnknown,
 ];
 
@@ -64,7 +67,7 @@ impl Finding {
 
     /// It keeps pods from serving.
     pub(super) fn blocks(&self) -> bool {
-        self.reason != Reason::FailureDomainUnknown
+        !matches!(self.reason, Reason::FailureDomainUnknown | Reason::UnknownMember)
     }
 }
 
@@ -115,6 +118,7 @@ pub(super) fn findings(
         }
     }
     findings.extend(coordinator(facts));
+    findings.extend(unknown(facts));
     findings.extend(domains(facts));
     // Stable: pods are sorted already.
     findings.sort_by(|a, b| (a.rank(), a.component, &a.subject).cmp(&(b.rank(), b.component, &b.subject)));
@@ -214,7 +218,7 @@ fn coordinator(facts: &Facts<'_>) -> Option<Finding> {
     if facts.word().is_some() || facts.is_new_here() {
         return None;
     }
-    let router = facts.active(Component::Router).find(|pod| pod.has_started())?;
+    let router = facts.router_in_charge()?;
     if !facts.clock().passed(router.running_since()?, GRACE) {
         return None;
     }
@@ -224,6 +228,21 @@ fn coordinator(facts: &Facts<'_>) -> Option<Finding> {
         subject: format!("pod {}", router.name()),
         message: format!("it runs, and its coordinator does not answer the operator: {why}"),
     })
+}
+
+/// Members that the router routes to and that are none of the model's pods.
+fn unknown(facts: &Facts<'_>) -> Vec<Finding> {
+    let members = facts.present().map(|status| status.members.as_slice()).unwrap_or_default();
+    let finding = |member: &MemberStatus| {
+        let why = member.stranger.as_ref().filter(|_| member.routable)?;
+        Some(Finding {
+            reason: Reason::UnknownMember,
+            component: None,
+            subject: format!("member {} at {}", member.member.id.0, member.member.address),
+            message: format!("the router routes to it, and {why}"),
+        })
+    };
+    members.iter().filter_map(finding).collect()
 }
 
 /// Shards on nodes whose failure domain nobody knows.

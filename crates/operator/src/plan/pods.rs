@@ -70,6 +70,19 @@ impl<'a> OurPod<'a> {
         self.pod.spec.as_ref()?.node_name.as_deref()
     }
 
+    /// Its addresses, as the kubelet says them; none before it has any.
+    pub(super) fn ips(&self) -> Vec<String> {
+        let Some(status) = self.pod.status.as_ref() else { return Vec::new() };
+        let all = status.pod_ips.iter().flatten().map(|one| one.ip.clone());
+        let all: Vec<String> = all.filter(|ip| !ip.is_empty()).collect();
+        // An API server fills in the list for the one; a kubelet of before dual stack says only the one.
+        if all.is_empty() {
+            status.pod_ip.clone().into_iter().filter(|ip| !ip.is_empty()).collect()
+        } else {
+            all
+        }
+    }
+
     pub(super) fn condition(&self, type_: &str) -> Option<&'a PodCondition> {
         self.pod.status.as_ref()?.conditions.as_ref()?.iter().find(|condition| condition.type_ == type_)
     }
@@ -93,6 +106,12 @@ impl<'a> OurPod<'a> {
     pub(super) fn container(&self) -> Option<&'a ContainerStatus> {
         let statuses = self.pod.status.as_ref()?.container_statuses.as_ref()?;
         statuses.iter().find(|status| status.name == CONTAINER)
+    }
+
+    /// The image that it is to run.
+    pub(super) fn image(&self) -> Option<&'a str> {
+        let containers = &self.pod.spec.as_ref()?.containers;
+        containers.iter().find(|container| container.name == CONTAINER)?.image.as_deref()
     }
 
     /// The process itself says that it serves (`/readyz`).

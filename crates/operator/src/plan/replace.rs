@@ -145,7 +145,7 @@ fn lost(facts: &Facts<'_>) -> Vec<Victim> {
     let replaced = |pod: &OurPod<'_>| facts.active(pod.component).any(|other| other.has_started());
     let is_lost = |pod: &&OurPod<'_>| match pod.component {
         EXPERTS => facts.present().is_some() && !facts.is_settling() && !pod.is_routable(),
-        // Two routers under one name: members that ask for it would get either. And a `Recreate` waits for it.
+        // Two routers of one template under one name: members that ask for it would get either.
         Component::Router => replaced(pod) || facts.present().is_none(),
         Component::Tier(_) => false,
     };

@@ -5,6 +5,8 @@ mod children;
 mod cluster;
 mod conditions;
 mod faults;
+mod fields;
+mod network;
 mod ownership;
 mod property;
 pub(super) mod samples;

@@ -2,7 +2,7 @@
 //!
 //! A pod is withdrawn from the moment that its deletion is asked for, or planned: workers choose other copies before
 //! its process hears of it. A pod on a node that does not answer is not: nobody has told its process to stop, and
-//! while it is reached it serves.
+//! while it is reached it serves. With each pod goes its addresses: who says that it is this pod is there.
 
 use cadre_types::{Layout, OperatorView, PodView};
 
@@ -17,7 +17,7 @@ pub(super) fn view(facts: &Facts<'_>, layout: Layout, victims: &[Victim]) -> Ope
             domain: facts.domain(pod).map(str::to_owned),
             withdrawn: victims.iter().any(|victim| victim.uid == pod.uid())
                 || (pod.is_terminating() && !facts.is_on_silent_node(pod)),
-            ips: Vec::new(),
+            ips: pod.ips(),
         })
         .collect();
     pods.sort_by(|a, b| a.pod.uid.cmp(&b.pod.uid));

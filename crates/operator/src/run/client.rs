@@ -22,6 +22,7 @@ use tokio::time::Instant;
 use tower::{BoxError, Layer, Service};
 
 use super::lease::{self, Renewals};
+use crate::plan::ObjectKind;
 
 /// Longest silence that is granted: an API server that asks for more is asked again after so long.
 const MAX_SILENCE: Duration = Duration::from_secs(60);
@@ -150,22 +151,13 @@ fn retry_after<B>(answer: &Response<B>) -> Option<u64> {
         .flatten()
 }
 
-/// The plural names that appear as labels; anything else is counted as `other`.
-const KINDS: &[&str] = &[
-    "moemodels",
-    "moetiers",
-    "deployments",
-    "statefulsets",
-    "services",
-    "configmaps",
-    "serviceaccounts",
-    "poddisruptionbudgets",
-    "pods",
-    "persistentvolumeclaims",
-    "nodes",
-    "events",
-    "leases",
-];
+/// The plural names that appear as labels beside those of children; anything else is counted as `other`.
+const KINDS: &[&str] = &["moemodels", "persistentvolumeclaims", "nodes", "events", "leases", "secrets"];
+
+fn kind_of(plural: &str) -> &'static str {
+    let children = ObjectKind::ALL.iter().map(|kind| kind.plural());
+    children.chain(KINDS.iter().copied()).find(|known| *known == plural).unwrap_or("other")
+}
 
 /// Verb and kind of a request, as in `/apis/GROUP/VERSION/namespaces/NS/KIND/NAME/SUBRESOURCE`.
 fn describe(request: &Request<Body>) -> (&'static str, &'static str) {
@@ -178,7 +170,7 @@ fn describe(request: &Request<Body>) -> (&'static str, &'static str) {
     if segments.len() > 2 && segments[0] == "namespaces" {
         segments.drain(..2);
     }
-    let kind = KINDS.iter().copied().find(|kind| segments.first() == Some(kind)).unwrap_or("other");
+    let kind = segments.first().map_or("other", |plural| kind_of(plural));
     let watch = request
         .uri()
         .query()

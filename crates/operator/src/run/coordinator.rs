@@ -12,17 +12,19 @@ use std::{
 };
 
 use cadre_k8s_api::names::{coordinator_service, port};
-use cadre_proto::{MAX_MESSAGE_BYTES, v1, v1::coordinator_client::CoordinatorClient};
+use cadre_proto::{
+    MAX_MESSAGE_BYTES,
+    secret::{ClusterSecret, InternalChannel, Present},
+    v1,
+    v1::coordinator_client::CoordinatorClient,
+};
 use cadre_telemetry::Gauge;
 use cadre_types::{CoordinatorStatus, OperatorView};
 use futures::StreamExt;
 use k8s_openapi::jiff::Timestamp;
 use tokio::{sync::watch, task::AbortHandle};
 use tokio_stream::wrappers::WatchStream;
-use tonic::{
-    Streaming,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Streaming, transport::Endpoint};
 
 use super::{
     backoff::Backoff,
@@ -97,6 +99,7 @@ pub(crate) struct Coordinators {
 struct Stream {
     view: watch::Sender<OperatorView>,
     report: Report,
+    secret: Option<String>,
     task: AbortHandle,
 }
 
@@ -118,11 +121,12 @@ impl Coordinators {
         Self { address, queue, connected, streams: Mutex::default() }
     }
 
-    /// The newest view of a model; the first one starts its stream.
-    pub(crate) fn tell(&self, key: &ModelKey, view: OperatorView) {
+    /// The newest view of a model; the first one starts its stream. With another secret it is another stream.
+    pub(crate) fn tell(&self, key: &ModelKey, view: OperatorView, secret: Option<&str>) {
         let mut streams = lock(&self.streams);
-        let Some(stream) = streams.get(key) else {
-            let stream = self.start(key.clone(), view);
+        let known = streams.get(key).filter(|stream| stream.secret.as_deref() == secret);
+        let Some(stream) = known else {
+            let stream = self.start(key.clone(), view, secret.map(str::to_owned));
             streams.insert(key.clone(), stream);
             return;
         };
@@ -144,7 +148,7 @@ impl Coordinators {
         lock(&self.streams).remove(key);
     }
 
-    fn start(&self, key: ModelKey, view: OperatorView) -> Stream {
+    fn start(&self, key: ModelKey, view: OperatorView, secret: Option<String>) -> Stream {
         let view = watch::Sender::new(view);
         let report = Report::default();
         let follower = Follower {
@@ -152,10 +156,12 @@ impl Coordinators {
             key,
             views: view.subscribe(),
             report: report.clone(),
+            // 64 hex digits are a secret.
+            secret: Present::new(secret.as_deref().and_then(|text| ClusterSecret::new(text).ok()).as_ref()),
             queue: self.queue.clone(),
             connected: self.connected.clone(),
         };
-        Stream { view, report, task: tokio::spawn(follower.run()).abort_handle() }
+        Stream { view, report, secret, task: tokio::spawn(follower.run()).abort_handle() }
     }
 }
 
@@ -165,6 +171,7 @@ struct Follower {
     address: String,
     views: watch::Receiver<OperatorView>,
     report: Report,
+    secret: Present,
     queue: Arc<Queue>,
     connected: Gauge,
 }
@@ -174,7 +181,7 @@ struct Open {
     first: v1::CoordinatorStatus,
     statuses: Streaming<v1::CoordinatorStatus>,
     /// The connection lives as long as the last of its clients.
-    _client: CoordinatorClient<Channel>,
+    _client: CoordinatorClient<InternalChannel>,
 }
 
 /// Counts a stream for as long as it is up, however it ends.
@@ -224,7 +231,7 @@ impl Follower {
         let channel = connecting
             .map_err(|_| format!("{address}: no connection within {CONNECT_TIMEOUT:?}"))?
             .map_err(|error| format!("{address}: {}", chain(&error)))?;
-        let mut client = CoordinatorClient::new(channel)
+        let mut client = CoordinatorClient::with_interceptor(channel, self.secret.clone())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let views = WatchStream::new(self.views.clone()).map(|view| v1::OperatorView::from(&view));

@@ -12,10 +12,23 @@ use kube::ResourceExt;
 use super::{
     memory::Memory,
     queue::ModelKey,
-    stores::{Stores, claim_name, deployment_of, node_of, node_view},
-    strangers::Strangers,
+    stores::{Stores, claim_name, deployment_of, node_of, node_view, owned},
 };
-use crate::observed::{ClaimState, CoordinatorReport, NodeView, Observed};
+use crate::{
+    allowed::Allowed,
+    observed::{ClaimState, CoordinatorReport, NodeView, Observed},
+};
+
+/// What is the same for all models.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Settings {
+    /// Image of pods whose model names none.
+    pub(crate) default_image: String,
+    /// Namespace of the operator's own pods.
+    pub(crate) operator_namespace: Option<String>,
+    /// What models may ask for.
+    pub(crate) allowed: Allowed,
+}
 
 /// What is observed of a model; `None` if there is no such model.
 pub(crate) fn gather(
@@ -23,19 +36,15 @@ pub(crate) fn gather(
     key: &ModelKey,
     memory: &Memory,
     coordinator: Option<CoordinatorReport>,
-    default_image: &str,
+    settings: &Settings,
+    cluster_secret: Option<String>,
     now: Timestamp,
 ) -> Option<Observed> {
     let model = stores.models.get(&key.namespace, &key.name)?;
     let pods = owned(stores.pods.of_model(key));
     let mut observed = Observed {
         tiers: tiers(stores, key),
-        deployments: owned(stores.deployments.of_model(key)),
-        stateful_sets: owned(stores.stateful_sets.of_model(key)),
-        services: owned(stores.services.of_model(key)),
-        config_maps: owned(stores.config_maps.of_model(key)),
-        service_accounts: owned(stores.service_accounts.of_model(key)),
-        disruption_budgets: owned(stores.disruption_budgets.of_model(key)),
+        children: stores.children.of_model(key),
         refused_pods: BTreeMap::new(),
         failed_mounts: failed_mounts(stores, key, &pods),
         claim: claim(stores, key, claim_name(&model)),
@@ -43,18 +52,18 @@ pub(crate) fn gather(
         pods,
         coordinator,
         refused_children: memory.refused.clone(),
-        default_image: default_image.to_owned(),
+        default_image: settings.default_image.clone(),
+        operator_namespace: settings.operator_namespace.clone(),
+        allowed: settings.allowed.clone(),
+        cluster_secret,
         watching_since: memory.since,
         now,
         model: (*model).clone(),
     };
     observed.refused_pods = refused_pods(stores, key, &observed);
-    add_strangers(&mut observed, &memory.strangers);
+    // Objects of our names without our label are in no store.
+    memory.strangers.add_to(&mut observed.children);
     Some(observed)
-}
-
-fn owned<K: Clone>(objects: Vec<std::sync::Arc<K>>) -> Vec<K> {
-    objects.iter().map(|object| (**object).clone()).collect()
 }
 
 /// By name: a tier that belongs to another model is seen too, so that the plan can say whose it is.
@@ -80,8 +89,8 @@ fn nodes(stores: &Stores, pods: &[Pod]) -> BTreeMap<String, NodeView> {
 /// of several the last counts.
 fn refused_pods(stores: &Stores, key: &ModelKey, observed: &Observed) -> BTreeMap<String, String> {
     let created = |meta: &kube::api::ObjectMeta| meta.creation_timestamp.as_ref().map(|time| time.0);
-    let deployments = observed.deployments.iter().map(|object| ("ReplicaSet", &object.metadata));
-    let sets = observed.stateful_sets.iter().map(|object| ("StatefulSet", &object.metadata));
+    let deployments = observed.children.deployments.iter().map(|object| ("ReplicaSet", &object.metadata));
+    let sets = observed.children.stateful_sets.iter().map(|object| ("StatefulSet", &object.metadata));
     let mut refused = BTreeMap::new();
     for (kind, meta) in deployments.chain(sets) {
         let Some(workload) = meta.name.as_deref() else { continue };
@@ -139,16 +148,6 @@ fn seen(event: &Event) -> Option<Timestamp> {
     let first = event.event_time.as_ref().map(|time| time.0);
     let made = event.metadata.creation_timestamp.as_ref().map(|time| time.0);
     [series, last, first].into_iter().flatten().max().or(made)
-}
-
-/// Objects of our names without our label are in no store.
-fn add_strangers(observed: &mut Observed, strangers: &Strangers) {
-    observed.deployments.extend(strangers.of_kind(crate::plan::ObjectKind::Deployment));
-    observed.stateful_sets.extend(strangers.of_kind(crate::plan::ObjectKind::StatefulSet));
-    observed.services.extend(strangers.of_kind(crate::plan::ObjectKind::Service));
-    observed.config_maps.extend(strangers.of_kind(crate::plan::ObjectKind::ConfigMap));
-    observed.service_accounts.extend(strangers.of_kind(crate::plan::ObjectKind::ServiceAccount));
-    observed.disruption_budgets.extend(strangers.of_kind(crate::plan::ObjectKind::PodDisruptionBudget));
 }
 
 #[cfg(test)]

@@ -10,8 +10,10 @@ use std::{
 use k8s_openapi::jiff::Timestamp;
 use tokio::time::Instant;
 
-use super::{backoff::Backoff, queue::ModelKey, store::Version, stores::Stores, strangers::Strangers};
-use crate::plan::ObjectKind;
+use super::{
+    backoff::Backoff, queue::ModelKey, secrets::REMAKE, store::Version, stores::Stores, strangers::Strangers,
+};
+use crate::{observed::Observed, plan::ObjectKind};
 
 /// How long a plan waits for the stores to show what was written. A watch that is up shows it within milliseconds;
 /// one that is down longer must not stop the work, and a write that is done twice is the same write.
@@ -40,6 +42,8 @@ pub(crate) struct Memory {
     pub(crate) strangers: Strangers,
     /// Our writes that the stores have not shown yet.
     pub(crate) written: Written,
+    /// When the cluster secret was last made, or found to be there.
+    pub(crate) secret_made: Option<Instant>,
 }
 
 impl Memory {
@@ -54,7 +58,16 @@ impl Memory {
             refused: BTreeMap::new(),
             strangers: Strangers::default(),
             written: Written::default(),
+            secret_made: None,
         }
+    }
+}
+
+impl Memory {
+    /// The Secret is to be made: it never was, a while ago, or a pod does not find it.
+    pub(crate) fn is_secret_due(&self, observed: &Observed, name: &str) -> bool {
+        let is_missed = || observed.failed_mounts.values().any(|message| message.contains(name));
+        self.secret_made.is_none_or(|made| made.elapsed() >= REMAKE) || is_missed()
     }
 }
 

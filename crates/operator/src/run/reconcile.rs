@@ -16,12 +16,14 @@ use super::{
     coordinator::Coordinators,
     events::Events,
     execute::{self, Context, Pass},
-    gather::gather,
+    gather::{Settings, gather},
     memory::{Memories, Memory},
     metrics::OperatorMetrics,
     queue::ModelKey,
+    secrets::{ClusterSecret, Secrets},
     stores::Stores,
     strangers::RECHECK,
+    verdict::{Verdict, judge},
 };
 use crate::plan::Plan;
 
@@ -42,7 +44,9 @@ pub(crate) struct Reconciler {
     pub(crate) metrics: OperatorMetrics,
     pub(crate) memories: Memories,
     pub(crate) planner: Planner,
-    pub(crate) default_image: String,
+    pub(crate) settings: Settings,
+    /// `None` leaves the processes of models without a secret.
+    pub(crate) secrets: Option<Secrets>,
 }
 
 /// What came out, in the words of the metric `cadre_operator_reconciles_total`.
@@ -87,6 +91,14 @@ impl Outcome {
         } else {
             Self::Steady
         }
+    }
+}
+
+/// A pass that ended at the model's Secret.
+fn refused_secret(name: &str, error: &kube::Error) -> Pass {
+    match judge(error) {
+        Verdict::NamespaceGone => Pass { gone: true, ..Pass::default() },
+        _ => Pass { failure: Some(format!("Secret {name}: {error}")), ..Pass::default() },
     }
 }
 
@@ -148,14 +160,38 @@ impl Reconciler {
         if let Err(error) = memory.strangers.recheck(&self.client, &key.namespace, &key.name, uid).await {
             return (failed(error), None);
         }
+        let secret = match &self.secrets {
+            None => None,
+            Some(secrets) => match secrets.of(model).await {
+                Ok(secret) => Some(secret),
+                Err(error) => return (Pass { failure: Some(error.to_string()), ..Pass::default() }, None),
+            },
+        };
         let coordinator = self.coordinators.report(key);
         let now = Timestamp::now();
-        let observed = gather(&self.stores, key, memory, coordinator, &self.default_image, now);
+        let observed = gather(
+            &self.stores,
+            key,
+            memory,
+            coordinator,
+            &self.settings,
+            secret.as_ref().map(|secret| secret.name.clone()),
+            now,
+        );
         let Some(observed) = observed else { return (Pass { gone: true, ..Pass::default() }, None) };
+        if let (Some(secrets), Some(secret)) = (&self.secrets, &secret)
+            && model.metadata.deletion_timestamp.is_none()
+            && memory.is_secret_due(&observed, &secret.name)
+        {
+            match secrets.make(model, secret).await {
+                Ok(()) => memory.secret_made = Some(Instant::now()),
+                Err(error) => return (refused_secret(&secret.name, &error), None),
+            }
+        }
         let mut plan: Plan = (self.planner)(&observed);
         // First of all: who is about to go must get no new work.
         if let Some(view) = plan.operator_view.take() {
-            self.coordinators.tell(key, view);
+            self.coordinators.tell(key, view, secret.as_ref().map(ClusterSecret::value));
         }
         let context = Context { client: &self.client, key, stores: &self.stores, observed: &observed, uid };
         let pass = execute::execute(&context, &plan, memory).await;

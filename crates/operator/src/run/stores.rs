@@ -3,12 +3,10 @@
 use std::collections::BTreeMap;
 
 use cadre_k8s_api::{MoEModel, MoETier, Tier, model::SourceRef, names::label};
-use k8s_openapi::api::{
-    apps::v1::{Deployment, StatefulSet},
-    core::v1::{ConfigMap, Event, Node, PersistentVolumeClaim, Pod, Service, ServiceAccount},
-    policy::v1::PodDisruptionBudget,
-};
+use k8s_openapi::api::core::v1::{Event, Node, PersistentVolumeClaim, Pod};
 use kube::{Resource, ResourceExt};
+
+pub(crate) use children::{ChildStores, VisitStore};
 
 use super::{
     queue::ModelKey,
@@ -16,17 +14,14 @@ use super::{
 };
 use crate::{observed::NodeView, plan::ObjectKind};
 
+mod children;
+
 /// One store per kind.
 #[derive(Clone, Debug)]
 pub(crate) struct Stores {
     pub(crate) models: Store<MoEModel>,
     pub(crate) tiers: Store<MoETier>,
-    pub(crate) deployments: Store<Deployment>,
-    pub(crate) stateful_sets: Store<StatefulSet>,
-    pub(crate) services: Store<Service>,
-    pub(crate) config_maps: Store<ConfigMap>,
-    pub(crate) service_accounts: Store<ServiceAccount>,
-    pub(crate) disruption_budgets: Store<PodDisruptionBudget>,
+    pub(crate) children: ChildStores,
     pub(crate) pods: Store<Pod>,
     pub(crate) claims: Store<PersistentVolumeClaim>,
     pub(crate) nodes: Store<Node>,
@@ -42,12 +37,7 @@ impl Stores {
         Self {
             models: Store::new(|model| Some(own_key(model))),
             tiers: Store::new(|tier| Some(ModelKey::new(tier.namespace()?, tier.spec.model_name.clone()))),
-            deployments: Store::new(labelled),
-            stateful_sets: Store::new(labelled),
-            services: Store::new(labelled),
-            config_maps: Store::new(labelled),
-            service_accounts: Store::new(labelled),
-            disruption_budgets: Store::new(labelled),
+            children: ChildStores::new(),
             pods: Store::new(labelled),
             claims: Store::new(|_| None),
             nodes: Store::new(|_| None),
@@ -60,13 +50,8 @@ impl Stores {
     pub(crate) fn version(&self, kind: ObjectKind, namespace: &str, name: &str) -> Option<Version> {
         match kind {
             ObjectKind::Tier => self.tiers.version(namespace, name),
-            ObjectKind::Deployment => self.deployments.version(namespace, name),
-            ObjectKind::StatefulSet => self.stateful_sets.version(namespace, name),
-            ObjectKind::Service => self.services.version(namespace, name),
-            ObjectKind::ConfigMap => self.config_maps.version(namespace, name),
-            ObjectKind::ServiceAccount => self.service_accounts.version(namespace, name),
-            ObjectKind::PodDisruptionBudget => self.disruption_budgets.version(namespace, name),
             ObjectKind::Pod => self.pods.version(namespace, name),
+            _ => self.children.version(kind, namespace, name),
         }
     }
 
@@ -117,13 +102,18 @@ impl Stores {
             let (namespace, name) = (about.namespace.as_deref()?, about.name.as_deref()?);
             match about.kind.as_deref()? {
                 "Pod" => labelled(&*self.pods.get(namespace, name)?),
-                "StatefulSet" => labelled(&*self.stateful_sets.get(namespace, name)?),
-                "ReplicaSet" => labelled(&*self.deployments.get(namespace, deployment_of(name)?)?),
+                "StatefulSet" => labelled(&*self.children.stateful_sets.get(namespace, name)?),
+                "ReplicaSet" => labelled(&*self.children.deployments.get(namespace, deployment_of(name)?)?),
                 _ => None,
             }
         };
         change.sides().filter_map(of).collect()
     }
+}
+
+/// Copies of what stores share.
+pub(crate) fn owned<K: Clone>(objects: Vec<std::sync::Arc<K>>) -> Vec<K> {
+    objects.iter().map(|object| (**object).clone()).collect()
 }
 
 /// The model that the label names.

@@ -7,12 +7,11 @@
 use std::time::Duration;
 
 use cadre_k8s_api::names::label;
-use kube::{Client, Resource, ResourceExt, core::DynamicObject};
-use serde::de::DeserializeOwned;
+use kube::{Client, ResourceExt, core::DynamicObject};
 use tokio::time::Instant;
 
 use super::kinds;
-use crate::plan::ObjectKind;
+use crate::{kinds::Children, plan::ObjectKind};
 
 /// How often strangers are looked up again.
 pub(crate) const RECHECK: Duration = Duration::from_secs(10);
@@ -72,10 +71,9 @@ impl Strangers {
         self.0.is_empty()
     }
 
-    /// Those of a kind, as that kind. What is none (it cannot be read) is left out.
-    pub(crate) fn of_kind<K: Resource + DeserializeOwned>(&self, kind: ObjectKind) -> Vec<K> {
-        let those = self.0.iter().filter(|stranger| stranger.kind == kind);
-        those.filter_map(|stranger| stranger.object.clone().try_parse().ok()).collect()
+    /// Puts them beside a model's children.
+    pub(crate) fn add_to(&self, children: &mut Children) {
+        self.0.iter().for_each(|stranger| children.add(stranger.kind, stranger.object.clone()));
     }
 
     /// Looks up again those that were not seen for a while, and drops the ones that are gone or have become ours.

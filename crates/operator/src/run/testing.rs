@@ -21,6 +21,7 @@ use super::{
     client::{ApiLayer, Pressure},
     coordinator::Coordinators,
     events::Events,
+    gather::Settings,
     lease::Renewals,
     memory::Memories,
     metrics::OperatorMetrics,
@@ -214,7 +215,8 @@ pub(crate) fn rig(planner: impl Fn(&Observed) -> Plan + Send + Sync + 'static) -
         metrics: metrics.clone(),
         memories: Memories::default(),
         planner: Arc::new(planner),
-        default_image: "image:1".to_owned(),
+        secrets: None,
+        settings: Settings { default_image: "image:1".to_owned(), ..Settings::default() },
     };
     Rig { reconciler: Arc::new(reconciler), server, stores, metrics }
 }

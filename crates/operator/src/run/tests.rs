@@ -28,6 +28,9 @@ fn rig(planner: impl Fn(&Observed) -> Plan + Send + Sync + 'static) -> Rig {
         identity: "us".into(),
         lease: Some(LeaseOptions { namespace: None, name: "operator".into() }),
         default_image: "image:1".into(),
+        pod_namespace: Some("cadre".into()),
+        allowed: Allowed::default(),
+        key: "key".into(),
         admin: ([127, 0, 0, 1], 0).into(),
         concurrency: NonZeroUsize::MIN,
         coordinator: CoordinatorAddress::new(|_, _| "127.0.0.1:1".into()),
@@ -38,7 +41,10 @@ fn rig(planner: impl Fn(&Observed) -> Plan + Send + Sync + 'static) -> Rig {
     Rig { operator, server, readiness, metrics }
 }
 
-/// Plays lists (there is one model), watches and the lease.
+/// Base64 of a key.
+const SEVENS: &str = "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=";
+
+/// Plays Secrets, lists (there is one model), watches and the lease.
 struct Play {
     server: Server,
     lease: Value,
@@ -64,6 +70,11 @@ impl Play {
             let call = self.server.next().await;
             if call.path.contains("/leases") {
                 self.lease(call);
+            } else if call.path.contains("/secrets") {
+                match call.method.as_str() {
+                    "GET" => call.ok(json!({"metadata": {"name": "key"}, "data": {"key": SEVENS}})),
+                    _ => call.fail(409, "AlreadyExists", "it is there"),
+                }
             } else if call.is_watch() {
                 self.watches.insert(format!("{}?{}", call.path, call.query), call);
             } else if call.method == "GET" {

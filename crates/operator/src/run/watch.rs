@@ -26,8 +26,9 @@ use super::{
     metrics::OperatorMetrics,
     queue::{ModelKey, Queue},
     store::{Change, Store},
-    stores::Stores,
+    stores::{Stores, VisitStore},
 };
+use crate::kinds::ChildObject;
 
 /// The server ends a watch after so long and the client begins another from where it was: a connection that died in
 /// silence is noticed after little more.
@@ -103,6 +104,18 @@ impl<K: Resource<DynamicType = ()>> Kind<K> {
     }
 }
 
+/// Starts the watch of each kind of child.
+struct Start<'a> {
+    watches: &'a Watches,
+    tasks: &'a mut JoinSet<()>,
+}
+
+impl VisitStore for Start<'_> {
+    fn store<K: ChildObject>(&mut self, plural: &'static str, store: &Store<K>) {
+        self.watches.namespaced(self.tasks, &Kind::labelled(plural, store));
+    }
+}
+
 impl Watches {
     /// Starts all of them; they end when the set is dropped.
     pub(crate) fn start(self) -> JoinSet<()> {
@@ -112,12 +125,7 @@ impl Watches {
             .concerning(|_, change| change.sides().map(super::stores::own_key).collect());
         self.namespaced(&mut tasks, &models);
         self.namespaced(&mut tasks, &Kind::all("moetiers", &stores.tiers).concerning(Stores::of_tier));
-        self.namespaced(&mut tasks, &Kind::labelled("deployments", &stores.deployments));
-        self.namespaced(&mut tasks, &Kind::labelled("statefulsets", &stores.stateful_sets));
-        self.namespaced(&mut tasks, &Kind::labelled("services", &stores.services));
-        self.namespaced(&mut tasks, &Kind::labelled("configmaps", &stores.config_maps));
-        self.namespaced(&mut tasks, &Kind::labelled("serviceaccounts", &stores.service_accounts));
-        self.namespaced(&mut tasks, &Kind::labelled("poddisruptionbudgets", &stores.disruption_budgets));
+        stores.children.each(&mut Start { watches: &self, tasks: &mut tasks });
         self.namespaced(&mut tasks, &Kind::labelled("pods", &stores.pods).slimmed(slim_pod));
         let claims = Kind::all("persistentvolumeclaims", &stores.claims).concerning(Stores::of_claim);
         self.namespaced(&mut tasks, &claims);

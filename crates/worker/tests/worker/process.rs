@@ -164,6 +164,10 @@ async fn from_start_to_drain() {
     let loading = ready.loading.unwrap();
     assert!(loading.bytes_read > 0 && loading.bytes_read == loading.bytes_expected);
     wait_ready(worker.addresses.admin).await;
+    // What the self-test sent to experts is no traffic.
+    session.report(v1::MemberState::Ready).await;
+    let (_, metrics) = fetch(worker.addresses.admin, "/metrics").await;
+    assert!(!metrics.contains("cadre_worker_expert_tokens_total{"), "{metrics}");
 
     let mut stream = client(worker.addresses.grpc).decode(call.clone()).await.unwrap().into_inner();
     let mut tokens = Vec::new();

@@ -36,6 +36,8 @@ fn map(wanted: &Map<String, Value>, live: &Map<String, Value>) -> Option<Vec<Str
             ("requests" | "limits", Value::Object(value), Some(Value::Object(live))) => {
                 quantities(value, live)
             }
+            // Terms of pod affinity have a topologyKey each, which names none of them.
+            ("affinity", value, Some(live)) => (!is_same(value, live)).then(Vec::new),
             (_, value, Some(live)) => differs(value, live),
         };
         inner.map(|mut path| {
@@ -43,6 +45,19 @@ fn map(wanted: &Map<String, Value>, live: &Map<String, Value>) -> Option<Vec<Str
             path
         })
     })
+}
+
+/// The wanted keys of maps, and lists item by item.
+fn is_same(wanted: &Value, live: &Value) -> bool {
+    match (wanted, live) {
+        (Value::Object(wanted), Value::Object(live)) => {
+            wanted.iter().all(|(key, value)| live.get(key).is_some_and(|live| is_same(value, live)))
+        }
+        (Value::Array(wanted), Value::Array(live)) => {
+            wanted.len() == live.len() && wanted.iter().zip(live).all(|(wanted, live)| is_same(wanted, live))
+        }
+        (wanted, live) => wanted == live,
+    }
 }
 
 fn list(wanted: &[Value], live: &[Value]) -> Option<Vec<String>> {

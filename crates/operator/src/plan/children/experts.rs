@@ -17,6 +17,7 @@ pub(super) fn stateful_set(blueprint: &Blueprint<'_>) -> Option<(Child, String)>
     let mut args = vec!["expert".to_owned()];
     args.extend(blueprint.common_args());
     args.extend(blueprint.member_args(port::EXPERT));
+    args.extend(spec.experts.limits.flags());
     let mut env = vec![pod::field("CADRE_SHARD", &format!("metadata.labels['{POD_INDEX}']"))];
     env.extend(pod::member_env(port::EXPERT));
     let process = Process {

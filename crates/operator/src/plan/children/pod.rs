@@ -5,7 +5,9 @@
 //!
 //! **Probes.** Liveness and start ask `/healthz`, which depends on no peer and no weight: nobody is killed for
 //! loading slowly or for the loss of somebody else. Readiness asks `/readyz`; members are ready for Kubernetes
-//! only if the coordinator says so as well (readiness gate).
+//! only if the coordinator says so as well (readiness gate). A normal start fails no probe, because each failure is an
+//! event `Unhealthy` and a word of alarm: the first probe comes when the servers listen, and `/readyz` of a process that
+//! was never ready holds its answer until it is. After that it answers at once.
 //!
 //! **Grace.** A process drains for `drainSeconds` at most and is killed only if it hangs after that.
 //!
@@ -16,20 +18,22 @@ use std::collections::BTreeMap;
 
 use cadre_k8s_api::{
     model::{Accelerator, PodSpec as TierPod},
-    names::{self, ROUTABLE_GATE, label, port},
+    names::{self, CLUSTER_SECRET_KEY, ROUTABLE_GATE, label, port},
 };
 use k8s_openapi::{
+    api::apps::v1::{DeploymentStrategy, RollingUpdateDeployment},
     api::core::v1::{
         Capabilities, Container, ContainerPort, EnvVar, EnvVarSource, HTTPGetAction, ObjectFieldSelector,
         PodReadinessGate, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements,
-        SeccompProfile, SecurityContext, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
+        SeccompProfile, SecretVolumeSource, SecurityContext, Toleration, TopologySpreadConstraint, Volume,
+        VolumeMount,
     },
     apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
 
 use super::{
     super::{component::Component, pods::CONTAINER},
-    Blueprint, checkpoint, meta,
+    Blueprint, checkpoint, meta, overlay,
 };
 
 /// Revisions kept for looking back; a return is another apply.
@@ -44,7 +48,16 @@ const LOST_NODE_SECONDS: i64 = 30;
 /// `nonroot` of the image.
 const USER: i64 = 65532;
 
+/// Where the cluster secret is mounted.
+const SECRET_DIR: &str = "/etc/cadre/cluster-secret";
+const SECRET_VOLUME: &str = "cluster-secret";
+
 const PROBE_SECONDS: i32 = 2;
+/// A process listens a tenth of a second after it began; a node that starts many at once is slower.
+const START_DELAY_SECONDS: i32 = 1;
+/// Longest hold of the first readiness: as long as a rollout may take ([`PROGRESS_DEADLINE_SECONDS`]). A process that hangs
+/// meanwhile is found by liveness.
+const HOLD_SECONDS: i32 = PROGRESS_DEADLINE_SECONDS;
 /// A folder of hundreds of files on a slow network is opened before `/healthz` answers: 15 minutes.
 const START_FAILURES: i32 = 450;
 /// A process that hangs is restarted after a minute; one on a busy machine is not.
@@ -87,6 +100,17 @@ impl Blueprint<'_> {
     }
 }
 
+/// A rolling update that adds so many pods beyond the wanted ones, and takes so many of them away.
+pub(super) fn rolling(surge: u8, unavailable: u8) -> DeploymentStrategy {
+    DeploymentStrategy {
+        type_: Some("RollingUpdate".to_owned()),
+        rolling_update: Some(RollingUpdateDeployment {
+            max_surge: Some(IntOrString::Int(surge.into())),
+            max_unavailable: Some(IntOrString::Int(unavailable.into())),
+        }),
+    }
+}
+
 /// On every interface.
 pub(super) fn everywhere(port: u16) -> String {
     format!("0.0.0.0:{port}")
@@ -118,6 +142,15 @@ pub(super) fn template(blueprint: &Blueprint<'_>, mut process: Process<'_>) -> (
     let facts = blueprint.facts;
     let component = process.component;
     process.volumes.splice(0..0, checkpoint::place(blueprint.source).volume);
+    process.volumes.extend(facts.observed().cluster_secret.as_deref().map(secret));
+    process.volumes.extend(process.pod.volumes.iter().map(overlay::volume));
+    if facts.observed().cluster_secret.is_some() {
+        // Not a flag: images of before it existed pass over a variable.
+        process.env.push(value("CADRE_CLUSTER_SECRET_FILE", format!("{SECRET_DIR}/{CLUSTER_SECRET_KEY}")));
+    }
+    process.env.extend(process.pod.env.iter().map(overlay::variable));
+    process.spread =
+        overlay::spread(facts, component, process.spread, &process.pod.topology_spread_constraints);
     let mut labels = meta::labels(facts.name(), Some(component));
     labels.insert(label::CHECKPOINT.to_owned(), blueprint.checkpoint.clone());
     let mut template = PodTemplateSpec {
@@ -131,20 +164,42 @@ pub(super) fn template(blueprint: &Blueprint<'_>, mut process: Process<'_>) -> (
     (template, hash)
 }
 
+/// The model's cluster secret as a file; the processes are not its owner, so everybody in the container may read it.
+fn secret(name: &str) -> (Volume, VolumeMount) {
+    let source = SecretVolumeSource {
+        secret_name: Some(name.to_owned()),
+        default_mode: Some(0o444),
+        ..SecretVolumeSource::default()
+    };
+    let volume = Volume { name: SECRET_VOLUME.to_owned(), secret: Some(source), ..Volume::default() };
+    let mount = VolumeMount {
+        name: SECRET_VOLUME.to_owned(),
+        mount_path: SECRET_DIR.to_owned(),
+        read_only: Some(true),
+        ..VolumeMount::default()
+    };
+    (volume, mount)
+}
+
 fn pod(blueprint: &Blueprint<'_>, process: Process<'_>) -> PodSpec {
-    let spec = blueprint.facts.spec();
+    let (facts, spec, given) = (blueprint.facts, blueprint.facts.spec(), process.pod);
+    let user = given.security_context.clone().unwrap_or_default();
     let gates = vec![PodReadinessGate { condition_type: ROUTABLE_GATE.to_owned() }];
     let (volumes, mounts): (Vec<_>, Vec<_>) = process.volumes.iter().cloned().unzip();
     PodSpec {
-        service_account_name: Some(process.component.object_name(blueprint.facts.name())),
+        service_account_name: Some(
+            given.service_account_name.clone().unwrap_or_else(|| process.component.object_name(facts.name())),
+        ),
         automount_service_account_token: Some(false),
         // Variables of Services would look like flags: CADRE_….
         enable_service_links: Some(false),
         image_pull_secrets: filled(spec.image_pull_secrets.clone()),
         security_context: Some(PodSecurityContext {
             run_as_non_root: Some(true),
-            run_as_user: Some(USER),
-            run_as_group: Some(USER),
+            run_as_user: Some(user.run_as_user.unwrap_or(USER)),
+            run_as_group: Some(user.run_as_group.unwrap_or(USER)),
+            fs_group: user.fs_group,
+            supplemental_groups: filled(user.supplemental_groups.clone()),
             seccomp_profile: Some(SeccompProfile {
                 type_: "RuntimeDefault".to_owned(),
                 localhost_profile: None,
@@ -153,7 +208,10 @@ fn pod(blueprint: &Blueprint<'_>, process: Process<'_>) -> PodSpec {
         }),
         termination_grace_period_seconds: Some(i64::from(spec.drain_seconds) + EXIT_SECONDS),
         readiness_gates: process.is_member.then_some(gates),
-        priority_class_name: process.pod.priority_class_name.clone(),
+        priority_class_name: given.priority_class_name.clone(),
+        runtime_class_name: given.runtime_class_name.clone(),
+        scheduler_name: given.scheduler_name.clone(),
+        affinity: given.affinity.as_ref().map(overlay::affinity),
         node_selector: (!process.pod.node_selector.is_empty()).then(|| process.pod.node_selector.clone()),
         tolerations: filled(tolerations(&process.pod.tolerations)),
         topology_spread_constraints: filled(process.spread.clone()),
@@ -176,9 +234,15 @@ fn container(image: &str, process: Process<'_>, mounts: Vec<VolumeMount>) -> Con
         ports: Some(ports.into_iter().map(|(name, number)| container_port(name, number)).collect()),
         resources: resources(process.pod, process.accelerator),
         volume_mounts: filled(mounts),
-        startup_probe: Some(probe("/healthz", PROBE_SECONDS, START_FAILURES)),
+        startup_probe: Some(Probe {
+            initial_delay_seconds: Some(START_DELAY_SECONDS),
+            ..probe("/healthz", PROBE_SECONDS, START_FAILURES)
+        }),
         liveness_probe: Some(probe("/healthz", LIVENESS_SECONDS, LIVENESS_FAILURES)),
-        readiness_probe: Some(probe("/readyz", PROBE_SECONDS, 2)),
+        readiness_probe: Some(Probe {
+            timeout_seconds: Some(HOLD_SECONDS + PROBE_TIMEOUT_SECONDS),
+            ..probe(&format!("/readyz?hold={HOLD_SECONDS}"), PROBE_SECONDS, 2)
+        }),
         termination_message_path: Some(TERMINATION_LOG.to_owned()),
         // A process that could not write its message (it was killed, it panicked) still has last words.
         termination_message_policy: Some("FallbackToLogsOnError".to_owned()),

@@ -1,17 +1,21 @@
 //! The router: one pod, because its coordinator is one.
 //!
-//! `Recreate`: two coordinators at a time would each gather a part of the members, so the old router drains and
-//! goes before the new one starts. Clients find none meanwhile. Workers and shards go on with the placement they
-//! have and come back within 2 s; the new coordinator takes the placement over from them, and nothing is reloaded.
+//! A router goes only once its successor runs. The rolling update adds a pod of the new template and takes none away; when
+//! that pod has started (its image is there, its flags are right, the checkpoint can be read, its servers listen) the
+//! strategy lets the old one go. The new one has no members until then, because the coordinator's name leads to the one
+//! that came first, so it is not ready and gets no requests. Then the old one drains and ends, and its members turn to
+//! the new one within 2 s; the new coordinator takes the placement over from them, and nothing is reloaded. What cannot
+//! start (a wrong image, a node selector that nothing matches, a checkpoint that is none) costs nothing but a pod that
+//! waits, and is told by Degraded.
 
-use cadre_k8s_api::names::{self, LAYOUT_KEY, port};
+use cadre_k8s_api::names::{self, LAYOUT_KEY, label, port};
 use k8s_openapi::api::{
-    apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy},
+    apps::v1::{Deployment, DeploymentSpec},
     core::v1::{ConfigMapVolumeSource, Volume, VolumeMount},
 };
 
 use super::{
-    super::{ObjectKind, component::Component},
+    super::{ObjectKind, component::Component, facts::Facts, pods::OurPod},
     Blueprint, Child, meta,
     pod::{self, Process},
 };
@@ -30,6 +34,7 @@ pub(super) fn deployment(blueprint: &Blueprint<'_>) -> Option<(Child, String)> {
     ];
     let mut args = vec!["router".to_owned()];
     args.extend(blueprint.common_args());
+    args.extend(facts.spec().router.limits.flags());
     args.extend(["--served-model-name".to_owned(), facts.model().served_name()]);
     args.extend(["--routed-experts".to_owned(), facts.spec().model.routed_experts.to_string()]);
     args.extend(["--layout-file".to_owned(), format!("{LAYOUT_DIR}/{LAYOUT_KEY}")]);
@@ -52,7 +57,7 @@ pub(super) fn deployment(blueprint: &Blueprint<'_>) -> Option<(Child, String)> {
         metadata: meta::metadata(facts, component.object_name(facts.name()), Some(component)),
         spec: Some(DeploymentSpec {
             replicas: Some(1),
-            strategy: Some(DeploymentStrategy { type_: Some("Recreate".to_owned()), rolling_update: None }),
+            strategy: Some(pod::rolling(1, u8::from(has_successor(facts, &hash)))),
             selector: meta::selector(facts.name(), component),
             template,
             revision_history_limit: Some(pod::REVISIONS),
@@ -75,4 +80,11 @@ fn layout_volume(model: &str) -> (Volume, VolumeMount) {
         ..VolumeMount::default()
     };
     (volume, mount)
+}
+
+/// A router of this template runs beside one of another.
+fn has_successor(facts: &Facts<'_>, template: &str) -> bool {
+    let is_new = |pod: &&OurPod<'_>| pod.label(label::TEMPLATE_HASH) == Some(template);
+    let new = facts.active(Component::Router).filter(is_new).any(OurPod::has_started);
+    new && facts.active(Component::Router).any(|pod| !is_new(&pod))
 }

@@ -3,19 +3,18 @@
 //! A new pod counts only once it is routable (readiness gate), so a rolling update takes no worker away before
 //! another one has proven itself. Without accelerators it adds a pod first and drops no capacity. With them it
 //! takes one away first: a pod more would wait for an accelerator that nobody has to spare, and the update with it.
+//! But not for an image that no pod of the model has run yet: until the router's successor has shown that it exists and
+//! starts, nothing that serves is taken away for it.
 //!
 //! Which pods go when the tier shrinks is the Deployment's choice. It asks them to stop, and a worker that is
 //! asked to stop says so to the coordinator before anything else, gets nothing new, and finishes what it has: the
 //! plan has nothing to withdraw before.
 
 use cadre_k8s_api::{Tier, names::port};
-use k8s_openapi::{
-    api::apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment},
-    apimachinery::pkg::util::intstr::IntOrString,
-};
+use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec};
 
 use super::{
-    super::{ObjectKind, component::Component, pace::DecodeRole},
+    super::{ObjectKind, component::Component, facts::Facts, pace::DecodeRole, pods::OurPod},
     Blueprint, Child, meta,
     pod::{self, Process},
     spread,
@@ -33,6 +32,7 @@ pub(super) fn deployment(blueprint: &Blueprint<'_>, tier: Tier, kv_bytes: u64) -
     args.extend(blueprint.common_args());
     args.extend(blueprint.member_args(port::WORKER));
     args.extend(["--kv-bytes".to_owned(), kv_bytes.to_string()]);
+    args.extend(spec.worker(tier).into_iter().flat_map(|worker| worker.limits.flags()));
     let accelerator = spec.accelerator(tier);
     let process = Process {
         component,
@@ -47,11 +47,12 @@ pub(super) fn deployment(blueprint: &Blueprint<'_>, tier: Tier, kv_bytes: u64) -
     };
     let (template, hash) = pod::template(blueprint, process);
     let replicas = blueprint.pace.replicas(tier);
+    let takes_first = accelerator.is_some() && !is_at_risk(facts, component, blueprint.image);
     let deployment = Deployment {
         metadata: meta::metadata(facts, component.object_name(facts.name()), Some(component)),
         spec: Some(DeploymentSpec {
             replicas: Some(replicas),
-            strategy: Some(rolling(accelerator.is_some())),
+            strategy: Some(if takes_first { pod::rolling(0, 1) } else { pod::rolling(1, 0) }),
             selector: meta::selector(facts.name(), component),
             template,
             revision_history_limit: Some(pod::REVISIONS),
@@ -63,13 +64,8 @@ pub(super) fn deployment(blueprint: &Blueprint<'_>, tier: Tier, kv_bytes: u64) -
     Some((Child::new(ObjectKind::Deployment, Some(replicas), &deployment)?, hash))
 }
 
-fn rolling(accelerated: bool) -> DeploymentStrategy {
-    let (surge, unavailable) = if accelerated { (0, 1) } else { (1, 0) };
-    DeploymentStrategy {
-        type_: Some("RollingUpdate".to_owned()),
-        rolling_update: Some(RollingUpdateDeployment {
-            max_surge: Some(IntOrString::Int(surge)),
-            max_unavailable: Some(IntOrString::Int(unavailable)),
-        }),
-    }
+/// Pods of another image serve, and nobody has seen this one run.
+fn is_at_risk(facts: &Facts<'_>, component: Component, image: &str) -> bool {
+    let serves = |pod: &OurPod<'_>| pod.image() != Some(image) && (pod.serves() || pod.is_routable());
+    facts.active(component).any(serves) && !facts.is_proven(image)
 }

@@ -8,7 +8,7 @@ use cadre_k8s_api::{Tier, model::Numerics};
 use cadre_types::{Layout, Role};
 
 use super::{
-    cluster::{Cluster, is_empty, name, template_of},
+    cluster::{Cluster, is_empty, is_ready, name, template_of},
     samples,
 };
 use crate::plan::{Action, Plan};
@@ -308,18 +308,78 @@ fn is_up(cluster: &Cluster, pod: &str) -> bool {
     cluster.coordinator.is_routable(found)
 }
 
+/// Nothing that serves goes before what replaces it is up, whatever is wrong with what replaces it.
 #[test]
-fn a_wrong_image_stops_at_the_router_and_the_right_one_repairs_it() {
+fn a_wrong_image_costs_nothing_and_the_right_one_repairs_it() {
+    const TYPO: &str = "registry.example/typo:1";
+    let mut accelerated = samples::pools();
+    accelerated.spec.experts.shards = 8;
+    for model in [samples::pocket(), accelerated] {
+        let mut cluster = Cluster::settled(model);
+        let before: BTreeSet<String> =
+            cluster.seen.pods.iter().map(|pod| pod.metadata.uid.clone().unwrap()).collect();
+        cluster.broken_image = Some(TYPO.into());
+        cluster.edit(|model| model.spec.image = Some(TYPO.into()));
+        for _ in 0..30 {
+            let plan = cluster.round();
+            assert_eq!(deleted(&plan), Vec::<String>::new(), "no shard is touched");
+            assert_eq!(cluster.verdict("Ready"), "True AsSpecified");
+            let up = |uid: &String| {
+                let pod = cluster.seen.pods.iter().find(|pod| pod.metadata.uid.as_ref() == Some(uid));
+                pod.is_some_and(|pod| is_ready(pod) && pod.metadata.deletion_timestamp.is_none())
+            };
+            assert!(before.iter().all(up), "a pod that served is gone");
+        }
+        let (status, reason, message) = cluster.condition("Degraded");
+        assert_eq!((status.as_str(), reason.as_str()), ("True", "ImagePullFailed"));
+        assert!(message.contains(TYPO), "{message}");
+        update(&mut cluster);
+        cluster.settle();
+        assert_eq!(
+            (cluster.verdict("Ready"), cluster.verdict("Degraded")),
+            ("True AsSpecified".into(), "False AsSpecified".into())
+        );
+        assert!(cluster.seen.pods.iter().all(|pod| pod_image(pod) == NEW_IMAGE));
+    }
+}
+
+/// The same of whatever else keeps a router from starting: here a pod that no node takes.
+#[test]
+fn the_old_router_goes_once_its_successor_runs_and_never_two_have_members() {
     let mut cluster = Cluster::settled(samples::pocket());
-    cluster.broken_image = Some("registry.example/typo:1".into());
-    cluster.edit(|model| model.spec.image = Some("registry.example/typo:1".into()));
-    let plans: Vec<Plan> = (0..20).map(|_| cluster.round()).collect();
-    assert_eq!(deletions(&plans), Vec::<Vec<String>>::new(), "no shard is touched");
-    assert_eq!(cluster.verdict("Ready"), "False ImagePullFailed");
-    update(&mut cluster);
+    let old = cluster.pods("router");
+    let selector = |cluster: &Cluster| {
+        let mut services = cluster.seen.children.services.iter();
+        let found = services.find(|one| one.metadata.name.as_deref() == Some("pocket-coordinator")).unwrap();
+        found.spec.as_ref().unwrap().selector.as_ref().unwrap()["cadre.dev/template-hash"].clone()
+    };
+    let unavailable = |cluster: &Cluster| {
+        let strategy = cluster.deployment("pocket-router").spec.as_ref().unwrap().strategy.clone();
+        format!("{:?}", strategy.unwrap().rolling_update.unwrap().max_unavailable.unwrap())
+    };
+    let before = selector(&cluster);
+    assert_eq!(before, template_of(cluster.first("router")));
+    cluster.edit(|model| {
+        model.spec.router.pod.node_selector = [("pool".to_owned(), "none".to_owned())].into();
+    });
+    cluster.unschedulable = Some("pool".into());
+    for _ in 0..20 {
+        cluster.round();
+        assert_eq!(cluster.verdict("Ready"), "True AsSpecified");
+        assert_eq!((selector(&cluster), unavailable(&cluster).as_str()), (before.clone(), "Int(0)"));
+        assert!(cluster.pods("router").contains(&old[0]));
+    }
+    assert_eq!(cluster.verdict("Degraded"), "True NodeSelectorUnmatched");
+    cluster.unschedulable = None;
+    cluster.until("the successor to run", |cluster| unavailable(cluster) == "Int(1)");
+    assert_eq!(selector(&cluster), before, "members stay with the old router");
+    cluster.until("the old router to drain", |cluster| !cluster.pods("router").contains(&old[0]));
     cluster.settle();
+    assert_eq!(selector(&cluster), template_of(cluster.first("router")));
+    assert_ne!(selector(&cluster), before);
+    assert_eq!((cluster.pods("router").len(), unavailable(&cluster).as_str()), (1, "Int(0)"));
     assert_eq!(cluster.verdict("Ready"), "True AsSpecified");
-    assert!(cluster.seen.pods.iter().all(|pod| pod_image(pod) == NEW_IMAGE));
+    assert_eq!(cluster.verdict("Degraded"), "False AsSpecified");
 }
 
 #[test]

@@ -25,13 +25,16 @@ use kube::core::DynamicObject;
 use serde::de::DeserializeOwned;
 
 use super::super::{Action, ObjectKind, Plan, plan};
-use crate::observed::{NodeView, Observed};
+use crate::{
+    kinds::{ChildObject, VisitList},
+    observed::{NodeView, Observed},
+};
 
 mod coordinator;
 mod workloads;
 
 pub(super) use coordinator::Coordinator;
-pub(super) use workloads::template_of;
+pub(super) use workloads::{is_ready, template_of};
 
 /// Longest that anything may take to come to rest.
 const PATIENCE: usize = 120;
@@ -45,6 +48,8 @@ pub(super) struct Cluster {
     pub(super) coordinator: Coordinator,
     /// Pods of this image cannot be pulled.
     pub(super) broken_image: Option<String>,
+    /// No node takes pods with this key in their node selector.
+    pub(super) unschedulable: Option<String>,
     /// Pods of the newest template of the shards do not start.
     pub(super) broken_shards: bool,
     /// Names for pods, uids and versions.
@@ -65,6 +70,7 @@ impl Cluster {
             seen,
             coordinator: Coordinator::default(),
             broken_image: None,
+            unschedulable: None,
             broken_shards: false,
             serial: 0,
             view: None,
@@ -130,11 +136,11 @@ impl Cluster {
     }
 
     pub(super) fn deployment(&self, name: &str) -> &Deployment {
-        self.seen.deployments.iter().find(|one| one.metadata.name.as_deref() == Some(name)).unwrap()
+        self.seen.children.deployments.iter().find(|one| one.metadata.name.as_deref() == Some(name)).unwrap()
     }
 
     pub(super) fn shards(&self) -> i32 {
-        self.seen.stateful_sets[0].spec.as_ref().unwrap().replicas.unwrap()
+        self.seen.children.stateful_sets[0].spec.as_ref().unwrap().replicas.unwrap()
     }
 
     pub(super) fn replicas(&self, name: &str) -> i32 {
@@ -221,19 +227,15 @@ impl Cluster {
                 let status = known.and_then(|one| one.status.clone());
                 self.seen.tiers.insert(tier.spec.tier, MoETier { status, ..written });
             }
-            "Deployment" => write.put_into(&mut self.seen.deployments, |one| &mut one.metadata),
             "StatefulSet" => {
-                let status = self.seen.stateful_sets.first().and_then(|one| one.status.clone());
-                write.put_into(&mut self.seen.stateful_sets, |one| &mut one.metadata);
-                self.seen.stateful_sets[0].status = status;
+                let status = self.seen.children.stateful_sets.first().and_then(|one| one.status.clone());
+                self.seen.children.visit(ObjectKind::StatefulSet, &write);
+                self.seen.children.stateful_sets[0].status = status;
             }
-            "Service" => write.put_into(&mut self.seen.services, |one| &mut one.metadata),
-            "ConfigMap" => write.put_into(&mut self.seen.config_maps, |one| &mut one.metadata),
-            "ServiceAccount" => write.put_into(&mut self.seen.service_accounts, |one| &mut one.metadata),
-            "PodDisruptionBudget" => {
-                write.put_into(&mut self.seen.disruption_budgets, |one| &mut one.metadata)
+            _ => {
+                let kind = ObjectKind::of(object.types.as_ref().unwrap()).unwrap();
+                self.seen.children.visit(kind, &write);
             }
-            kind => panic!("{kind} is no child"),
         }
     }
 
@@ -308,11 +310,10 @@ impl Write<'_> {
         serde_json::from_value(serde_json::to_value(object).unwrap()).unwrap()
     }
 
-    fn put_into<T: DeserializeOwned + serde::Serialize + Clone>(
-        &self,
-        list: &mut Vec<T>,
-        meta: impl Fn(&mut T) -> &mut ObjectMeta,
-    ) {
+    fn put_into<T: ChildObject>(&self, list: &mut Vec<T>) {
+        fn meta<T: ChildObject>(one: &mut T) -> &mut ObjectMeta {
+            one.meta_mut()
+        }
         let name = self.object.metadata.name.clone();
         let at = list.iter_mut().position(|one| meta(one).name == name);
         let known = at.map(|at| (meta(&mut list[at]).clone(), serde_json::to_value(&list[at]).unwrap()));
@@ -344,6 +345,12 @@ impl Write<'_> {
         meta.resource_version = Some(self.version.clone());
         let generation = known.and_then(|known| known.generation).unwrap_or(0);
         meta.generation = Some(generation + i64::from(changed));
+    }
+}
+
+impl VisitList for &Write<'_> {
+    fn list<K: ChildObject>(self, list: &mut Vec<K>) {
+        self.put_into(list);
     }
 }
 

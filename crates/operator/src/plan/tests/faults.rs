@@ -328,12 +328,81 @@ fn a_field_without_a_usable_value_is_named() {
     model.spec.decode.kv_cache.0 = "99999999999999999999".into();
     let mut cluster = Cluster::new(model);
     assert_fault(&mut cluster, Reason::InvalidConfiguration, "spec.decode.kvCache: quantity");
-    assert!(cluster.seen.deployments.iter().all(|one| one.metadata.name.as_deref() != Some("pocket-decode")));
+    assert!(
+        cluster
+            .seen
+            .children
+            .deployments
+            .iter()
+            .all(|one| one.metadata.name.as_deref() != Some("pocket-decode"))
+    );
     cluster.edit(|model| model.spec.model.source = Default::default());
     assert_fault(&mut cluster, Reason::InvalidConfiguration, "spec.model.source: give exactly one");
     assert!(
-        !cluster.seen.deployments.is_empty(),
+        !cluster.seen.children.deployments.is_empty(),
         "what runs is not taken away for a spec that cannot be read"
     );
     assert_eq!(cluster.seen.tiers[&Tier::Decode].spec.replicas, 1);
+}
+
+#[test]
+fn a_member_that_is_none_of_the_models_pods_is_told_and_takes_no_readiness() {
+    let mut cluster = Cluster::settled(samples::pocket());
+    let report = cluster.seen.coordinator.as_mut().unwrap();
+    let mut stranger = report.status.members[0].clone();
+    stranger.member.id = cadre_types::MemberId("decode-10.9.9.9".into());
+    stranger.member.address = "10.9.9.9:50052".into();
+    stranger.member.pod = None;
+    stranger.stranger = Some("it has no pod".into());
+    stranger.routable = false;
+    report.status.members.push(stranger);
+    judge(&mut cluster);
+    assert_eq!(cluster.verdict("Degraded"), "False AsSpecified", "the router routes nothing to it");
+    cluster.seen.coordinator.as_mut().unwrap().status.members.last_mut().unwrap().routable = true;
+    assert_fault(
+        &mut cluster,
+        Reason::UnknownMember,
+        "member decode-10.9.9.9 at 10.9.9.9:50052: the router routes to it",
+    );
+    assert_eq!(cluster.verdict("Ready"), "True AsSpecified");
+}
+
+#[test]
+fn the_coordinator_is_told_where_each_pod_is() {
+    let mut cluster = Cluster::settled(samples::pocket());
+    let (one, both) = (cluster.pods("decode")[0].clone(), cluster.pods("experts")[0].clone());
+    cluster.pod(&one).status.as_mut().unwrap().pod_ip = Some("10.0.0.7".into());
+    let status = cluster.pod(&both).status.as_mut().unwrap();
+    status.pod_ip = Some("10.0.0.8".into());
+    let ip = |ip: &str| k8s_openapi::api::core::v1::PodIP { ip: ip.into() };
+    status.pod_ips = Some(vec![ip("10.0.0.8"), ip("fd00::8")]);
+    let view = cluster.plan().operator_view.unwrap();
+    let of = |name: &str| view.pods.iter().find(|pod| pod.pod.name == name).unwrap().ips.clone();
+    assert_eq!(of(&one), ["10.0.0.7"]);
+    assert_eq!(of(&both), ["10.0.0.8", "fd00::8"]);
+    assert_eq!(of(&cluster.pods("router")[0]), Vec::<String>::new());
+}
+
+/// Every pod has the secret as a file that it may read, once the operator has one.
+#[test]
+fn pods_find_the_models_secret() {
+    let mut cluster = Cluster::new(samples::pocket());
+    cluster.seen.cluster_secret = Some("pocket-cluster-0123456789".into());
+    cluster.settle();
+    assert_eq!(cluster.verdict("Ready"), "True AsSpecified");
+    for pod in &cluster.seen.pods {
+        let spec = serde_json::to_value(pod.spec.as_ref().unwrap()).unwrap();
+        let volumes = spec["volumes"].as_array().unwrap();
+        let volume = volumes.iter().find(|volume| volume["name"] == "cluster-secret").unwrap();
+        assert_eq!(volume["secret"]["secretName"], "pocket-cluster-0123456789");
+        assert_eq!(volume["secret"]["defaultMode"], 0o444);
+        let container = &spec["containers"][0];
+        let mounts = container["volumeMounts"].as_array().unwrap();
+        let mount = mounts.iter().find(|mount| mount["name"] == "cluster-secret").unwrap();
+        let variables = container["env"].as_array().unwrap();
+        let file = variables.iter().find(|one| one["name"] == "CADRE_CLUSTER_SECRET_FILE").unwrap();
+        assert_eq!(file["value"], format!("{}/secret", mount["mountPath"].as_str().unwrap()));
+        let shown = spec.to_string();
+        assert!(!shown.contains("--cluster-secret"), "{shown}");
+    }
 }

@@ -47,7 +47,7 @@ fn owner(kind: &str, name: &str, uid: &str) -> OwnerReference {
 fn an_object_of_somebody_else_is_never_touched() {
     for (other, whose) in [(None, "nobody"), (Some(owner("Gateway", "edge", "g")), "Gateway edge")] {
         let mut cluster = Cluster::new(samples::pocket());
-        cluster.seen.services.push(service(other));
+        cluster.seen.children.services.push(service(other));
         let plan = cluster.plan();
         assert!(!applied(&plan).iter().any(|object| object.contains("pocket-http")));
         cluster.apply(&plan);
@@ -63,19 +63,19 @@ fn an_object_of_somebody_else_is_never_touched() {
 #[test]
 fn children_of_a_deleted_model_of_the_same_name_are_waited_for() {
     let mut cluster = Cluster::new(samples::pocket());
-    cluster.seen.services.push(service(Some(owner("MoEModel", "pocket", "an-earlier-one"))));
+    cluster.seen.children.services.push(service(Some(owner("MoEModel", "pocket", "an-earlier-one"))));
     let plan = cluster.plan();
     assert!(!applied(&plan).iter().any(|object| object.contains("pocket-http")));
     cluster.apply(&plan);
     assert_eq!(cluster.verdict("Degraded"), "False AsSpecified");
-    cluster.seen.services.retain(|one| one.metadata.uid.is_some());
+    cluster.seen.children.services.retain(|one| one.metadata.uid.is_some());
     assert!(applied(&cluster.plan()).iter().any(|object| object.contains("pocket-http")));
 }
 
 #[test]
 fn pods_of_a_deleted_stateful_set_are_waited_for_before_there_is_a_new_one() {
     let mut cluster = Cluster::settled(samples::pocket());
-    cluster.seen.stateful_sets.clear();
+    cluster.seen.children.stateful_sets.clear();
     let plan = cluster.plan();
     assert!(applied(&plan).is_empty(), "{:?}", applied(&plan));
     cluster.apply(&plan);
@@ -84,7 +84,7 @@ fn pods_of_a_deleted_stateful_set_are_waited_for_before_there_is_a_new_one() {
     assert!(message.contains("still being removed: Pod pocket-experts-0, "), "{message}");
     // Orphaned ones are adopted by a new StatefulSet.
     let mut orphaned = Cluster::settled(samples::pocket());
-    orphaned.seen.stateful_sets.clear();
+    orphaned.seen.children.stateful_sets.clear();
     for pod in orphaned.seen.pods.iter_mut() {
         if pod.metadata.name.as_ref().unwrap().starts_with("pocket-experts") {
             pod.metadata.owner_references = None;
@@ -102,26 +102,26 @@ fn pods_of_a_deleted_stateful_set_are_waited_for_before_there_is_a_new_one() {
 #[test]
 fn an_orphan_with_our_labels_is_taken_back() {
     let mut cluster = Cluster::settled(samples::pocket());
-    cluster.seen.services[0].metadata.owner_references = None;
-    let name = cluster.seen.services[0].metadata.name.clone().unwrap();
+    cluster.seen.children.services[0].metadata.owner_references = None;
+    let name = cluster.seen.children.services[0].metadata.name.clone().unwrap();
     assert_eq!(
         applied(&cluster.plan()),
         [format!("Service {name}: metadata.ownerReferences is not as applied")]
     );
     cluster.settle();
-    assert!(cluster.seen.services[0].metadata.owner_references.is_some());
+    assert!(cluster.seen.children.services[0].metadata.owner_references.is_some());
 }
 
 #[test]
 fn a_field_of_ours_that_somebody_changed_is_corrected_and_one_of_theirs_is_left() {
     let mut cluster = Cluster::settled(samples::pocket());
-    let meta = &mut cluster.seen.deployments[0].metadata;
+    let meta = &mut cluster.seen.children.deployments[0].metadata;
     meta.labels.as_mut().unwrap().insert("team".into(), "blue".into());
     meta.annotations.as_mut().unwrap().insert("deployment.kubernetes.io/revision".into(), "3".into());
     assert!(is_empty(&cluster.plan()));
-    let spec = cluster.seen.deployments[0].spec.as_mut().unwrap();
+    let spec = cluster.seen.children.deployments[0].spec.as_mut().unwrap();
     spec.template.spec.as_mut().unwrap().containers[0].image = Some("evil:1".into());
-    let name = cluster.seen.deployments[0].metadata.name.clone().unwrap();
+    let name = cluster.seen.children.deployments[0].metadata.name.clone().unwrap();
     assert_eq!(
         applied(&cluster.plan()),
         [format!("Deployment {name}: spec.template.spec.containers.image is not as applied")]
@@ -131,7 +131,7 @@ fn a_field_of_ours_that_somebody_changed_is_corrected_and_one_of_theirs_is_left(
 #[test]
 fn a_child_that_was_deleted_is_made_again() {
     let mut cluster = Cluster::settled(samples::pocket());
-    cluster.seen.config_maps.clear();
+    cluster.seen.children.config_maps.clear();
     assert_eq!(applied(&cluster.plan()), ["ConfigMap pocket-layout: it does not exist"]);
 }
 
@@ -142,7 +142,7 @@ fn a_child_of_another_version_of_the_operator_is_removed() {
     let mut old = service(Some(owner("MoEModel", "pocket", &uid)));
     old.metadata.name = Some("pocket-old".into());
     old.metadata.uid = Some("old".into());
-    cluster.seen.services.push(old);
+    cluster.seen.children.services.push(old);
     let plan = cluster.plan();
     assert!(
         matches!(&plan.actions[..], [Action::Delete { name, uid, .. }] if name == "pocket-old" && uid == "old"),

@@ -148,22 +148,22 @@ fn lose_member(cluster: &mut Cluster, member: usize) {
 fn metas(cluster: &mut Cluster) -> Vec<&mut ObjectMeta> {
     let seen = &mut cluster.seen;
     let mut metas: Vec<&mut ObjectMeta> = Vec::new();
-    metas.extend(seen.services.iter_mut().map(|one| &mut one.metadata));
-    metas.extend(seen.config_maps.iter_mut().map(|one| &mut one.metadata));
-    metas.extend(seen.disruption_budgets.iter_mut().map(|one| &mut one.metadata));
-    metas.extend(seen.service_accounts.iter_mut().map(|one| &mut one.metadata));
-    metas.extend(seen.deployments.iter_mut().map(|one| &mut one.metadata));
+    metas.extend(seen.children.services.iter_mut().map(|one| &mut one.metadata));
+    metas.extend(seen.children.config_maps.iter_mut().map(|one| &mut one.metadata));
+    metas.extend(seen.children.disruption_budgets.iter_mut().map(|one| &mut one.metadata));
+    metas.extend(seen.children.service_accounts.iter_mut().map(|one| &mut one.metadata));
+    metas.extend(seen.children.deployments.iter_mut().map(|one| &mut one.metadata));
     metas
 }
 
 fn delete_child(cluster: &mut Cluster, child: usize) {
     let seen = &mut cluster.seen;
     match child % 6 {
-        0 => drop(seen.services.pop()),
-        1 => seen.config_maps.clear(),
-        2 => drop(seen.disruption_budgets.pop()),
-        3 => drop(seen.service_accounts.pop()),
-        4 => drop(seen.deployments.pop().map(|gone| {
+        0 => drop(seen.children.services.pop()),
+        1 => seen.children.config_maps.clear(),
+        2 => drop(seen.children.disruption_budgets.pop()),
+        3 => drop(seen.children.service_accounts.pop()),
+        4 => drop(seen.children.deployments.pop().map(|gone| {
             let name = gone.metadata.name.unwrap();
             seen.pods.retain(|pod| !pod.metadata.name.as_ref().unwrap().starts_with(&name));
         })),
@@ -174,10 +174,12 @@ fn delete_child(cluster: &mut Cluster, child: usize) {
 fn change_child(cluster: &mut Cluster, child: usize) {
     let seen = &mut cluster.seen;
     match child % 4 {
-        0 => seen.services.iter_mut().for_each(|one| one.spec.as_mut().unwrap().selector = None),
-        1 => seen.config_maps.iter_mut().for_each(|one| one.data = None),
-        2 => seen.deployments.iter_mut().for_each(|one| one.spec.as_mut().unwrap().replicas = Some(3)),
-        _ => seen.deployments.iter_mut().for_each(|one| one.metadata.annotations = None),
+        0 => seen.children.services.iter_mut().for_each(|one| one.spec.as_mut().unwrap().selector = None),
+        1 => seen.children.config_maps.iter_mut().for_each(|one| one.data = None),
+        2 => {
+            seen.children.deployments.iter_mut().for_each(|one| one.spec.as_mut().unwrap().replicas = Some(3))
+        }
+        _ => seen.children.deployments.iter_mut().for_each(|one| one.metadata.annotations = None),
     }
 }
 
@@ -200,12 +202,12 @@ fn children(cluster: &Cluster) -> Value {
     let tiers: Vec<_> = seen.tiers.values().cloned().collect();
     json!([
         plain(&tiers),
-        plain(&seen.deployments),
-        plain(&seen.stateful_sets),
-        plain(&seen.services),
-        plain(&seen.config_maps),
-        plain(&seen.service_accounts),
-        plain(&seen.disruption_budgets),
+        plain(&seen.children.deployments),
+        plain(&seen.children.stateful_sets),
+        plain(&seen.children.services),
+        plain(&seen.children.config_maps),
+        plain(&seen.children.service_accounts),
+        plain(&seen.children.disruption_budgets),
     ])
 }
 

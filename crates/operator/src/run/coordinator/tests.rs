@@ -24,6 +24,7 @@ type Statuses = mpsc::UnboundedSender<Result<v1::CoordinatorStatus, Status>>;
 struct Played {
     views: mpsc::UnboundedSender<Option<OperatorView>>,
     streams: mpsc::UnboundedSender<Statuses>,
+    shown: mpsc::UnboundedSender<Option<String>>,
 }
 
 #[tonic::async_trait]
@@ -39,6 +40,8 @@ impl coordinator_server::Coordinator for Played {
         &self,
         request: Request<Streaming<v1::OperatorView>>,
     ) -> Result<Response<Self::OperateStream>, Status> {
+        let shown = request.metadata().get("authorization").map(|value| value.to_str().unwrap().to_owned());
+        let _ = self.shown.send(shown);
         let mut incoming = request.into_inner();
         let views = self.views.clone();
         tokio::spawn(async move {
@@ -57,6 +60,7 @@ struct Server {
     address: SocketAddr,
     views: mpsc::UnboundedReceiver<Option<OperatorView>>,
     streams: mpsc::UnboundedReceiver<Statuses>,
+    shown: mpsc::UnboundedReceiver<Option<String>>,
     /// Its own, so that it ends with all of its connections.
     runtime: Option<Runtime>,
 }
@@ -74,7 +78,8 @@ impl Server {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let ((views, seen), (streams, opened)) = (mpsc::unbounded_channel(), mpsc::unbounded_channel());
-        let service = CoordinatorServer::new(Played { views, streams });
+        let (shown, showed) = mpsc::unbounded_channel();
+        let service = CoordinatorServer::new(Played { views, streams, shown });
         let listening = runtime.spawn(async move {
             let listener = TcpListener::bind(address).await.unwrap();
             let address = listener.local_addr().unwrap();
@@ -83,7 +88,7 @@ impl Server {
             address
         });
         let address = listening.await.unwrap();
-        Self { address, views: seen, streams: opened, runtime: Some(runtime) }
+        Self { address, views: seen, streams: opened, shown: showed, runtime: Some(runtime) }
     }
 
     /// The next view; `None` is the end of the operator's stream.
@@ -188,7 +193,7 @@ async fn views_go_down_and_statuses_come_up_and_trigger() {
     let mut server = Server::start(([127, 0, 0, 1], 0).into()).await;
     let mut rig = rig(server.address);
     assert!(rig.coordinators.report(&key()).is_none());
-    rig.coordinators.tell(&key(), view(2));
+    rig.coordinators.tell(&key(), view(2), None);
     assert_eq!(server.view().await, Some(view(2)));
     let statuses = server.stream().await;
     statuses.send(wire(1)).unwrap();
@@ -200,8 +205,8 @@ async fn views_go_down_and_statuses_come_up_and_trigger() {
     assert_eq!(rig.epoch(), 2);
 
     // The same view again is not sent again.
-    rig.coordinators.tell(&key(), view(2));
-    rig.coordinators.tell(&key(), view(4));
+    rig.coordinators.tell(&key(), view(2), None);
+    rig.coordinators.tell(&key(), view(4), None);
     assert_eq!(server.view().await, Some(view(4)));
 
     rig.coordinators.forget(&key());
@@ -213,7 +218,7 @@ async fn views_go_down_and_statuses_come_up_and_trigger() {
 async fn a_lost_coordinator_is_found_again_and_hears_the_newest_view_first() {
     let mut server = Server::start(([127, 0, 0, 1], 0).into()).await;
     let mut rig = rig(server.address);
-    rig.coordinators.tell(&key(), view(2));
+    rig.coordinators.tell(&key(), view(2), None);
     server.view().await;
     let statuses = server.stream().await;
     statuses.send(wire(1)).unwrap();
@@ -227,7 +232,7 @@ async fn a_lost_coordinator_is_found_again_and_hears_the_newest_view_first() {
     assert_eq!(rig.metrics.streams.get(), 0.0);
 
     for shards in [3, 4, 5] {
-        rig.coordinators.tell(&key(), view(shards));
+        rig.coordinators.tell(&key(), view(shards), None);
     }
     let mut server = Server::start(address).await;
     assert_eq!(server.view().await, Some(view(5)));
@@ -242,7 +247,7 @@ async fn a_lost_coordinator_is_found_again_and_hears_the_newest_view_first() {
 async fn a_status_that_cannot_be_read_ends_the_stream_by_name() {
     let mut server = Server::start(([127, 0, 0, 1], 0).into()).await;
     let mut rig = rig(server.address);
-    rig.coordinators.tell(&key(), view(2));
+    rig.coordinators.tell(&key(), view(2), None);
     let statuses = server.stream().await;
     statuses.send(wire(1)).unwrap();
     rig.triggered().await;
@@ -281,4 +286,19 @@ fn the_address_is_the_models_service_or_what_the_template_says() {
     assert_eq!(CoordinatorAddress::default().of(&key()), "m-coordinator.ns.svc:50050");
     let template = CoordinatorAddress::template("{name}.{namespace}.local:1".into());
     assert_eq!(template.of(&key()), "m.ns.local:1");
+}
+
+#[tokio::test]
+async fn the_models_secret_is_shown_and_another_one_is_another_stream() {
+    let mut server = Server::start(([127, 0, 0, 1], 0).into()).await;
+    let rig = rig(server.address);
+    for secret in [None, Some("0123456789abcdef-first"), Some("0123456789abcdef-second")] {
+        for _ in 0..2 {
+            rig.coordinators.tell(&key(), view(2), secret);
+        }
+        let shown = tokio::time::timeout(PATIENCE, server.shown.recv()).await.unwrap().unwrap();
+        assert_eq!(shown, secret.map(|secret| format!("Bearer {secret}")));
+        server.stream().await.send(wire(1)).unwrap();
+    }
+    server.shown.try_recv().expect_err("the same secret is the same stream");
 }

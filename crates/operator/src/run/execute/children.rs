@@ -21,7 +21,7 @@ pub(super) async fn apply(
     why: &str,
 ) -> Result<Effect, kube::Error> {
     let name = object.name_any();
-    let kind = object.types.as_ref().and_then(kinds::kind_of);
+    let kind = object.types.as_ref().and_then(ObjectKind::of);
     // A plan of a kind that this crate does not know is a defect; it is refused like by a server that does not.
     let kind = kind.ok_or_else(|| unknown_kind(object))?;
     let namespace = context.key.namespace.as_str();

@@ -28,7 +28,7 @@ pub(super) async fn write(context: &Context<'_>, plan: &Plan, memory: &mut Memor
         }
         let name = object.name_any();
         let api = kinds::api(context.client, ObjectKind::Tier, &context.key.namespace);
-        let result = apply_status(&api, &kinds::resource(ObjectKind::Tier), &name, status).await;
+        let result = apply_status(&api, &ObjectKind::Tier.resource(), &name, status).await;
         let subject = Subject { name: kinds::child(ObjectKind::Tier, &name), applies: false };
         let target = Target::Object(ObjectKind::Tier, name);
         record(context, memory, pass, subject, result.map(|version| Effect::Version(target, version)));

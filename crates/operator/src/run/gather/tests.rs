@@ -17,7 +17,8 @@ use crate::run::{
 };
 
 fn observe(stores: &Stores) -> Observed {
-    gather(stores, &key(), &Memory::new("model-uid".into(), at(0)), None, "image:1", at(100)).unwrap()
+    gather(stores, &key(), &Memory::new("model-uid".into(), at(0)), None, &Settings::default(), None, at(100))
+        .unwrap()
 }
 
 fn stores() -> Stores {
@@ -62,8 +63,8 @@ fn pod_of(kind: &str, owner: &str, name: &str, created: i64) -> Pod {
 #[test]
 fn a_refusal_counts_until_a_pod_could_be_made_after_it() {
     let stores = stores();
-    stores.stateful_sets.apply(named::<StatefulSet>("m-experts", 0));
-    stores.deployments.apply(named::<Deployment>("m-decode", 0));
+    stores.children.stateful_sets.apply(named::<StatefulSet>("m-experts", 0));
+    stores.children.deployments.apply(named::<Deployment>("m-decode", 0));
     stores.refusals.apply(event("StatefulSet", "m-experts", None, 20, "first"));
     stores.refusals.apply(event("StatefulSet", "m-experts", None, 30, "quota"));
     stores.refusals.apply(event("ReplicaSet", "m-decode-6f9c", None, 30, "pod security"));
@@ -82,7 +83,7 @@ fn a_refusal_counts_until_a_pod_could_be_made_after_it() {
 #[test]
 fn an_event_of_a_former_workload_of_the_name_does_not_count() {
     let stores = stores();
-    stores.stateful_sets.apply(named::<StatefulSet>("m-experts", 50));
+    stores.children.stateful_sets.apply(named::<StatefulSet>("m-experts", 50));
     stores.refusals.apply(event("StatefulSet", "m-experts", None, 30, "quota"));
     assert!(observe(&stores).refused_pods.is_empty());
 }
@@ -131,7 +132,7 @@ fn claims_and_nodes_of_the_model_are_found() {
 fn events_and_tiers_trigger_the_model_that_they_are_about() {
     let stores = stores();
     stores.pods.apply(pod("m-decode-0", "1"));
-    stores.deployments.apply(named::<Deployment>("m-router", 0));
+    stores.children.deployments.apply(named::<Deployment>("m-router", 0));
     let trigger = |event: Event| stores.of_event(&stores.refusals.apply(event));
     assert_eq!(trigger(event("Pod", "m-decode-0", None, 1, "x")), [key()]);
     assert_eq!(trigger(event("ReplicaSet", "m-router-5d4", None, 1, "x")), [key()]);

@@ -9,10 +9,7 @@ use super::*;
 use crate::{
     observed::Observed,
     plan::{Action, ObjectKind, Transition},
-    run::{
-        kinds,
-        testing::{Call, key, model, nothing, pod, rig},
-    },
+    run::testing::{Call, key, model, nothing, pod, rig},
 };
 
 fn deployment(name: &str, resource_version: &str) -> Deployment {
@@ -35,8 +32,7 @@ fn tier() -> MoETier {
 }
 
 fn apply(kind: ObjectKind, name: &str) -> Action {
-    let object =
-        DynamicObject::new(name, &kinds::resource(kind)).within("ns").data(json!({"spec": {"of": name}}));
+    let object = DynamicObject::new(name, &kind.resource()).within("ns").data(json!({"spec": {"of": name}}));
     Action::Apply { object: Box::new(object), why: "test".into() }
 }
 
@@ -102,7 +98,7 @@ async fn one_reconcile_is_this_sequence_of_requests() {
         operator_view: None,
         requeue: Some(Duration::from_secs(7)),
     });
-    rig.stores.deployments.apply(deployment("m-router", "3"));
+    rig.stores.children.deployments.apply(deployment("m-router", "3"));
     rig.stores.tiers.apply(tier());
     for name in ["m-decode-0", "m-decode-1", "m-experts-3"] {
         rig.stores.pods.apply(pod(name, "7"));
@@ -183,10 +179,10 @@ async fn a_steady_model_costs_no_request() {
 #[tokio::test(start_paused = true)]
 async fn nothing_is_planned_from_before_our_own_write() {
     let mut rig = rig(|observed| {
-        let written = observed.deployments.iter().any(|deployment| deployment.spec.is_some());
+        let written = observed.children.deployments.iter().any(|deployment| deployment.spec.is_some());
         if written { nothing() } else { with_actions(vec![apply(ObjectKind::Deployment, "m-router")]) }
     });
-    rig.stores.deployments.apply(deployment("m-router", "3"));
+    rig.stores.children.deployments.apply(deployment("m-router", "3"));
     let reconcile = rig.reconcile();
     rig.server.expect(DEPLOYMENT).await.applied("20");
     reconcile.await.unwrap();
@@ -194,12 +190,12 @@ async fn nothing_is_planned_from_before_our_own_write() {
     // The watch is slow: the same plan would be made again.
     let again = rig.reconcile().await.unwrap().unwrap();
     assert!(again <= Duration::from_secs(5), "{again:?}");
-    rig.stores.deployments.apply(deployment("m-router", "19"));
+    rig.stores.children.deployments.apply(deployment("m-router", "19"));
     rig.reconcile().await.unwrap();
     assert_eq!(rig.outcomes("behind"), 2);
     let mut shown = deployment("m-router", "21");
     shown.spec = Some(Default::default());
-    rig.stores.deployments.apply(shown);
+    rig.stores.children.deployments.apply(shown);
     rig.reconcile().await.unwrap();
     assert_eq!((rig.outcomes("written"), rig.outcomes("steady")), (1, 1));
     rig.server.assert_idle();
@@ -208,7 +204,7 @@ async fn nothing_is_planned_from_before_our_own_write() {
 #[tokio::test(start_paused = true)]
 async fn a_watch_that_never_shows_the_write_does_not_stop_the_work() {
     let mut rig = rig(|_| with_actions(vec![apply(ObjectKind::Deployment, "m-router")]));
-    rig.stores.deployments.apply(deployment("m-router", "3"));
+    rig.stores.children.deployments.apply(deployment("m-router", "3"));
     let reconcile = rig.reconcile();
     rig.server.expect(DEPLOYMENT).await.applied("20");
     reconcile.await.unwrap();
@@ -227,7 +223,7 @@ async fn a_conflict_is_planned_again_soon_and_nothing_is_deleted_or_said_meanwhi
         status: Some(status(1)),
         ..nothing()
     });
-    rig.stores.deployments.apply(deployment("m-router", "3"));
+    rig.stores.children.deployments.apply(deployment("m-router", "3"));
     let reconcile = rig.reconcile();
     rig.server.expect(DEPLOYMENT).await.fail(409, "Conflict", "the object has been modified");
     let again = reconcile.await.unwrap().unwrap();
@@ -251,7 +247,7 @@ async fn a_refused_child_is_remembered_with_the_servers_words_and_forgotten_afte
             ..nothing()
         }
     });
-    rig.stores.deployments.apply(deployment("m-router", "3"));
+    rig.stores.children.deployments.apply(deployment("m-router", "3"));
     rig.stores.pods.apply(pod("m-decode-0", "4"));
     let gate = "PATCH /api/v1/namespaces/ns/pods/m-decode-0/status";
     let mut delays = Vec::new();
@@ -286,7 +282,7 @@ async fn a_server_that_asks_for_silence_gets_it() {
         status: Some(status(1)),
         ..nothing()
     });
-    rig.stores.deployments.apply(deployment("m-router", "3"));
+    rig.stores.children.deployments.apply(deployment("m-router", "3"));
     let reconcile = rig.reconcile();
     let call = rig.server.expect(DEPLOYMENT).await;
     call.fail_with(429, "TooManyRequests", "too many", &[("retry-after", "9")], Value::Null);
@@ -317,7 +313,11 @@ async fn a_server_that_does_not_answer_is_not_waited_for_without_end() {
 #[tokio::test(start_paused = true)]
 async fn somebody_elses_object_is_never_applied_over() {
     let mut rig = rig(|observed: &Observed| {
-        let taken = observed.services.iter().any(|service| service.metadata.uid.as_deref() == Some("theirs"));
+        let taken = observed
+            .children
+            .services
+            .iter()
+            .any(|service| service.metadata.uid.as_deref() == Some("theirs"));
         if taken { nothing() } else { with_actions(vec![apply(ObjectKind::Service, "m-http")]) }
     });
     let get = "GET /api/v1/namespaces/ns/services/m-http";
@@ -376,7 +376,7 @@ async fn a_namespace_that_goes_ends_the_pass() {
         actions: vec![apply(ObjectKind::Deployment, "m-router")],
         ..nothing()
     });
-    rig.stores.deployments.apply(deployment("m-router", "3"));
+    rig.stores.children.deployments.apply(deployment("m-router", "3"));
     let reconcile = rig.reconcile();
     let details =
         json!({"causes": [{"reason": "NamespaceTerminating", "message": "ns is being terminated"}]});
@@ -440,7 +440,7 @@ async fn a_model_made_again_under_the_same_name_has_no_past() {
             _ => Vec::new(),
         })
     });
-    rig.stores.deployments.apply(deployment("m-router", "3"));
+    rig.stores.children.deployments.apply(deployment("m-router", "3"));
     let reconcile = rig.reconcile();
     rig.server.expect(DEPLOYMENT).await.fail(422, "Invalid", "no");
     reconcile.await.unwrap();

@@ -177,7 +177,7 @@ async fn a_watch_that_ends_goes_on_and_one_that_is_too_old_lists_again() {
     assert!(pods.is_watch() && pods.query.contains("resourceVersion=100"), "{}", pods.query);
     rig.synced.wait().await;
     assert!(rig.readiness.is_ready());
-    assert_eq!(listed, 12, "every kind is listed once, events for each of two reasons");
+    assert_eq!(listed, KINDS, "every kind is listed once, events for each of two reasons");
 
     // The connection drops after one event: the watch goes on from there, and nothing is listed.
     pods.events(&[json!({"type": "MODIFIED", "object": pod_json("a", "110")})]);
@@ -195,7 +195,7 @@ async fn a_watch_that_ends_goes_on_and_one_that_is_too_old_lists_again() {
     pods = next(&mut rig.server, &mut kept, &mut listed).await;
     assert!(pods.is_watch());
     assert!(rig.stores.pods.get("ns", "b").is_none());
-    assert_eq!(listed, 12);
+    assert_eq!(listed, KINDS);
 
     // The model was triggered, once however often.
     let (seen, stop) = (Mutex::new(Vec::new()), tokio::sync::Notify::new());
@@ -209,19 +209,22 @@ async fn a_watch_that_ends_goes_on_and_one_that_is_too_old_lists_again() {
     assert_eq!(seen.into_inner().unwrap(), [ModelKey::new("ns", "m")]);
 }
 
+/// Models, claims and two reasons of events beside the children.
+const KINDS: usize = crate::plan::ObjectKind::ALL.len() + 4;
+
 #[tokio::test(start_paused = true)]
 async fn namespaces_are_watched_one_by_one_and_nodes_in_the_cluster() {
     let mut rig = rig(&["a", "b"]);
     let mut asked = Vec::new();
-    // 13 watches of kinds with a namespace, twice, less nodes.
-    for _ in 0..25 {
+    // Nodes have no namespace.
+    for _ in 0..2 * KINDS + 1 {
         let call = rig.server.next().await;
         asked.push(call.path.clone());
         drop(call);
     }
     for namespace in ["a", "b"] {
         let within = format!("/namespaces/{namespace}/");
-        assert_eq!(asked.iter().filter(|path| path.contains(&within)).count(), 12, "{asked:?}");
+        assert_eq!(asked.iter().filter(|path| path.contains(&within)).count(), KINDS, "{asked:?}");
     }
     assert!(asked.contains(&"/api/v1/nodes".to_owned()));
 }

@@ -31,7 +31,7 @@ impl Coordinator {
 
     /// One step: members, layouts, probes, and the status for the operator.
     pub(super) fn follow(&mut self, seen: &mut Observed, view: Option<&OperatorView>) {
-        let router = seen.pods.iter().find(|pod| component_of(pod) == "router" && runs(pod)).cloned();
+        let router = seen.pods.iter().find(|pod| runs(pod) && is_found(seen, pod)).cloned();
         let Some(router) = router else {
             self.routable.clear();
             self.router = None;
@@ -66,7 +66,7 @@ impl Coordinator {
         let serving = status.serving;
         let up = self.routable.clone();
         probe(seen, |pod| match component_of(pod) {
-            "router" => serving,
+            "router" => serving && pod.metadata.uid == router.metadata.uid,
             _ => up.contains(pod.metadata.uid.as_ref().unwrap()),
         });
         if self.unreachable {
@@ -154,6 +154,19 @@ impl Coordinator {
             stranger: None,
         }
     }
+}
+
+/// The name of the coordinator leads to this pod, or its members are still with it: it drains.
+fn is_found(seen: &Observed, pod: &Pod) -> bool {
+    let service = seen
+        .children
+        .services
+        .iter()
+        .find(|one| one.metadata.name.as_deref().is_some_and(|name| name.ends_with("-coordinator")));
+    let selector = service.and_then(|service| service.spec.as_ref()?.selector.as_ref());
+    let labels = pod.metadata.labels.as_ref().unwrap();
+    let drains = component_of(pod) == "router" && pod.metadata.deletion_timestamp.is_some();
+    drains || selector.is_some_and(|all| all.iter().all(|(key, value)| labels.get(key) == Some(value)))
 }
 
 /// The stream breaks; what was said stays known.

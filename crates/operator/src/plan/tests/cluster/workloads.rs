@@ -16,18 +16,27 @@ impl Cluster {
     pub(in super::super) fn step(&mut self) {
         self.passes(2);
         self.remove_terminated();
-        for deployment in self.seen.deployments.clone() {
+        for deployment in self.seen.children.deployments.clone() {
             if super::super::super::facts::Facts::new(&self.seen).owns(&deployment.metadata) {
                 self.roll(&deployment);
             }
         }
-        if let Some(set) = self.seen.stateful_sets.first().cloned() {
+        if let Some(set) = self.seen.children.stateful_sets.first().cloned() {
             self.fill(&set);
         }
         let running: Vec<bool> = self.seen.pods.iter().map(|pod| self.may_run(pod)).collect();
         let now = self.seen.now;
+        let unschedulable = self.unschedulable.clone();
         for (pod, may_run) in self.seen.pods.iter_mut().zip(running) {
-            start(pod, may_run, now);
+            let spec = pod.spec.as_mut().unwrap();
+            let matches = |key: &String| spec.node_selector.as_ref().is_some_and(|all| all.contains_key(key));
+            if unschedulable.as_ref().is_some_and(matches) {
+                spec.node_name = None;
+                refuse(pod);
+            } else {
+                spec.node_name.get_or_insert_with(|| "node-0".into());
+                start(pod, may_run, now);
+            }
         }
         self.coordinator.follow(&mut self.seen, self.view.as_ref());
     }
@@ -36,7 +45,7 @@ impl Cluster {
         let image = &pod.spec.as_ref().unwrap().containers[0].image;
         let pulled = self.broken_image.is_none() || *image != self.broken_image;
         let newest = || {
-            let set = self.seen.stateful_sets.first().and_then(|set| set.spec.as_ref());
+            let set = self.seen.children.stateful_sets.first().and_then(|set| set.spec.as_ref());
             set.is_some_and(|spec| template_hash(&spec.template) == template_of(pod))
         };
         pulled && !(self.broken_shards && component_of(pod) == "experts" && newest())
@@ -63,28 +72,26 @@ impl Cluster {
         let active: Vec<&Pod> = all.iter().filter(|pod| pod.metadata.deletion_timestamp.is_none()).collect();
         let (new, old): (Vec<&Pod>, Vec<&Pod>) = active.into_iter().partition(|pod| template_of(pod) == hash);
         let strategy = spec.strategy.as_ref().unwrap();
-        if strategy.type_.as_deref() == Some("Recreate") {
-            old.iter().for_each(|pod| self.kill(&super::name(&pod.metadata)));
-            let old_there = all.iter().any(|pod| template_of(pod) != hash);
-            if !old_there && new.is_empty() {
-                self.make(&name, None, &spec.template);
-            }
-            return;
-        }
         let rolling = strategy.rolling_update.as_ref().unwrap();
         let (surge, unavailable) = (number(&rolling.max_surge), number(&rolling.max_unavailable));
         let ready = |pods: &[&Pod]| pods.iter().filter(|pod| is_ready(pod)).count();
         let room = (wanted + surge).saturating_sub(new.len() + old.len());
-        for _ in 0..room.min(wanted.saturating_sub(new.len())) {
-            self.make(&name, None, &spec.template);
-        }
-        let mut spare = (ready(&new) + ready(&old) + unavailable).saturating_sub(wanted);
-        for pod in &old {
-            let free = !is_ready(pod);
-            if free || spare > 0 {
-                spare -= usize::from(!free);
+        let made = room.min(wanted.saturating_sub(new.len()));
+        // As the controller counts: what is new and not ready yet may not be counted on.
+        let least = wanted.saturating_sub(unavailable);
+        let mut may_go = (new.len() + old.len()).saturating_sub(least + new.len() - ready(&new));
+        let mut spare = (ready(&new) + ready(&old)).saturating_sub(least);
+        let (sick, well): (Vec<&Pod>, Vec<&Pod>) = old.iter().copied().partition(|pod| !is_ready(pod));
+        for pod in sick.into_iter().chain(well) {
+            let serves = is_ready(pod);
+            if may_go > 0 && (!serves || spare > 0) {
+                may_go -= 1;
+                spare -= usize::from(serves);
                 self.kill(&super::name(&pod.metadata));
             }
+        }
+        for _ in 0..made {
+            self.make(&name, None, &spec.template);
         }
         for pod in new.iter().skip(wanted) {
             self.kill(&super::name(&pod.metadata));
@@ -108,7 +115,7 @@ impl Cluster {
                 self.kill(&pod);
             }
         }
-        self.seen.stateful_sets[0].status = Some(StatefulSetStatus {
+        self.seen.children.stateful_sets[0].status = Some(StatefulSetStatus {
             observed_generation: set.metadata.generation,
             ..StatefulSetStatus::default()
         });
@@ -146,8 +153,16 @@ impl Cluster {
     }
 }
 
+/// As the scheduler says it.
+fn refuse(pod: &mut Pod) {
+    set_condition(pod, "PodScheduled", false);
+    let conditions = pod.status.as_mut().unwrap().conditions.as_mut().unwrap();
+    conditions.last_mut().unwrap().message =
+        Some("0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector.".into());
+}
+
 fn start(pod: &mut Pod, may_run: bool, now: Timestamp) {
-    if pod.status.is_none() {
+    if pod.status.as_ref().is_none_or(|status| status.phase.is_none()) {
         let phase = Some("Pending".into());
         pod.status = Some(PodStatus { phase, ..PodStatus::default() });
         set_condition(pod, "PodScheduled", true);
