@@ -6,7 +6,7 @@
 use std::{
     fmt,
     future::Future,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     num::ParseFloatError,
     path::{Path, PathBuf},
     str::FromStr,
@@ -14,6 +14,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use cadre_proto::secret::{ClusterSecret, SecretError};
 use cadre_telemetry::{LogFormat, init_logging, one_line};
 use cadre_types::{NumericsClass, PodRef};
 use clap::Args;
@@ -56,6 +57,9 @@ struct RoleArgs {
     /// Where to write one line, `Reason: message`, when the process ends with an error.
     #[arg(long, value_name = "FILE", env = TERMINATION_LOG_ENV)]
     termination_log: Option<PathBuf>,
+    /// File with the cluster's secret, 16 to 256 visible characters: asked of whoever calls this process from inside the cluster, and shown to those that it calls. [default: none is asked or shown]
+    #[arg(long, value_name = "FILE", env = "CADRE_CLUSTER_SECRET_FILE")]
+    cluster_secret_file: Option<PathBuf>,
 }
 
 /// The pod that a member runs in.
@@ -67,6 +71,9 @@ struct PodArgs {
     /// Unique id of that pod.
     #[arg(long, value_name = "UID", env = "CADRE_POD_UID", requires = "pod_name")]
     pod_uid: Option<String>,
+    /// Address of that pod: advertised, with the port that it listens on, where --advertise is absent.
+    #[arg(long, value_name = "IP", env = "CADRE_POD_IP")]
+    pod_ip: Option<IpAddr>,
 }
 
 impl PodArgs {
@@ -76,6 +83,19 @@ impl PodArgs {
 }
 
 impl RoleArgs {
+    /// The cluster's secret. `internal` is where processes of the cluster call this one.
+    fn secret(&self, internal: SocketAddr) -> Result<Option<ClusterSecret>, SecretError> {
+        let secret = self.cluster_secret_file.as_deref().map(ClusterSecret::read).transpose()?;
+        if secret.is_none() && !internal.ip().is_loopback() {
+            tracing::warn!(
+                listen = %internal,
+                "no --cluster-secret-file: whoever reaches this address is taken for a process of this cluster, may \
+                 read prompts and may forge answers"
+            );
+        }
+        Ok(secret)
+    }
+
     /// Sets up the log under this name and returns the request to stop.
     fn begin(&self, name: &str) -> Result<impl Future<Output = ()> + Send + 'static> {
         init_logging(self.log_format, name, &self.log)?;

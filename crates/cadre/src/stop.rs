@@ -3,6 +3,8 @@
 //! The pipe on standard input is the life line of a child of `cadre up` (docs/adr/0007): it ends when the
 //! parent closes it, and also when the parent is killed in any way, so no role outlives its cluster.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result};
 use tokio::{
     io::AsyncReadExt,
@@ -21,6 +23,17 @@ pub(crate) fn requested(on_stdin_close: bool) -> Result<impl Future<Output = &'s
             () = stdin_closed(on_stdin_close) => "end of standard input",
         }
     })
+}
+
+/// Signals within this time are one request: `timeout` and process managers send one to the process and the same one
+/// to its group. A person needs longer to mean it twice.
+const ONE_REQUEST: Duration = Duration::from_millis(250);
+
+/// Completes at the next request after the one that has just been taken.
+pub(crate) async fn requested_again() -> Result<&'static str> {
+    // What comes meanwhile is caught, by the handlers of the first request, and forgotten.
+    tokio::time::sleep(ONE_REQUEST).await;
+    Ok(requested(false)?.await)
 }
 
 /// Completes when standard input ends; never if it is not watched.

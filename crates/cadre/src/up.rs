@@ -17,12 +17,15 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 mod checkpoint;
 mod cluster;
 mod console;
+mod health;
 mod layout;
 mod process;
+mod secret;
 
 use cluster::{Change, Cluster};
 use console::{Console, Output};
 use layout::{Extra, Layout, Threads};
+use secret::SecretFile;
 
 use crate::{chat, client, client::SamplingArgs, output, stop};
 
@@ -84,6 +87,9 @@ pub(crate) struct UpArgs {
     /// Events on standard output as text for people or as one JSON object per line.
     #[arg(long, value_enum, default_value_t = Output::Text)]
     output: Output,
+    /// File with the cluster's secret, which every process asks of the others. [default: one is drawn]
+    #[arg(long, value_name = "FILE")]
+    cluster_secret_file: Option<PathBuf>,
     /// Stop when standard input ends, for programs that hold the other end.
     #[arg(long)]
     exit_on_stdin_close: bool,
@@ -115,7 +121,9 @@ pub(crate) async fn run(args: UpArgs) -> Result<()> {
     free(&args.grpc, "gRPC", "--grpc")?;
     free(&args.http, "HTTP", "--http")?;
 
-    let layout = args.layout(model);
+    // Lives as long as the processes that may have to read it again.
+    let secret = SecretFile::new(args.cluster_secret_file.clone())?;
+    let layout = args.layout(model, secret.path());
     let mut console = Console::new(args.output, args.exit_after.is_some(), name, layout.processes().len());
     let mut cluster = Cluster::new(layout, executable);
     let outcome = serve(&args, &mut cluster, &mut console).await;
@@ -126,17 +134,17 @@ pub(crate) async fn run(args: UpArgs) -> Result<()> {
         cluster.release();
         CLOSE
     };
-    let again = stop::requested(false)?;
+    let again = stop::requested_again();
     tokio::select! {
         killed = cluster.stop(patience) => console.stopped(&killed),
         // Who asks twice means now: leaving drops the children, which kills them.
-        cause = again => console.hurried(cause),
+        cause = again => console.hurried(cause?),
     }
     outcome
 }
 
 impl UpArgs {
-    fn layout(&self, model: PathBuf) -> Layout {
+    fn layout(&self, model: PathBuf, secret: &Path) -> Layout {
         let cores = available_parallelism().map_or(1, usize::from);
         let share = Threads::split(cores, self.prefill + self.decode, self.experts);
         Layout {
@@ -154,6 +162,7 @@ impl UpArgs {
             http: self.http.clone(),
             log: self.log.clone(),
             drain_seconds: self.drain_timeout,
+            secret: secret.to_owned(),
             extra: Extra {
                 router: self.router_arg.clone(),
                 worker: self.worker_arg.clone(),

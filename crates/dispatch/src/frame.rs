@@ -217,7 +217,7 @@ impl ShardContract {
             Err(mismatch @ GenerationMismatch::Epoch { .. }) => {
                 self.refuse(frame, RefusalCode::Epoch, mismatch)
             }
-            Err(mismatch) => self.refuse(frame, RefusalCode::Generation, mismatch),
+            Err(mismatch) => self.refuse(frame, RefusalCode::Generation, mismatch.to_peer()),
         }
     }
 

@@ -14,6 +14,7 @@ use std::{sync::Arc, time::Duration};
 
 use cadre_proto::{
     connection::{ConnectionEnd, with_causes},
+    secret::{ClusterSecret, Present},
     v1,
 };
 use cadre_types::{ClusterView, Generation, Member, MemberState, Placement, PlacementEpoch};
@@ -46,6 +47,8 @@ pub struct MembershipOptions {
     pub interval: Duration,
     /// Reconnection delays.
     pub backoff: BackoffPolicy,
+    /// The cluster's secret, if it has one.
+    pub secret: Option<ClusterSecret>,
 }
 
 impl MembershipOptions {
@@ -55,6 +58,7 @@ impl MembershipOptions {
             coordinator: coordinator.into(),
             interval: Duration::from_millis(500),
             backoff: BackoffPolicy::default(),
+            secret: None,
         }
     }
 }
@@ -167,7 +171,12 @@ struct Session<L> {
 enum Ended {
     Left,
     Refused(String),
-    Lost { reason: String, had_view: bool },
+    /// Without the cluster's secret.
+    Stranger(String),
+    Lost {
+        reason: String,
+        had_view: bool,
+    },
 }
 
 /// Joins the cluster; must be called inside a tokio runtime. `member.state` is the first state reported and
@@ -287,6 +296,19 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
                     self.refusal.send_replace(Some(reason));
                     return;
                 }
+                Ended::Stranger(reason) => {
+                    // It may be mounted or changed in a moment; a person must learn of it at once.
+                    let delay = backoff.next_delay();
+                    tracing::error!(
+                        coordinator = self.options.coordinator,
+                        reason,
+                        ?delay,
+                        "not admitted; trying again"
+                    );
+                    if self.leaving_within(delay).await {
+                        return;
+                    }
+                }
                 Ended::Lost { reason, had_view } => {
                     if had_view {
                         backoff.reset();
@@ -320,12 +342,13 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
             Ok(channel) => channel,
             Err(error) => return lost(with_causes(&error)),
         };
+        let present = Present::new(self.options.secret.as_ref());
         let (reports, outgoing) = mpsc::channel(PENDING_REPORTS);
         // The coordinator answers the call only after it has seen a report, so the first is queued before.
         if reports.try_send(self.first_report()).is_err() {
             return lost("report queue is full at birth".to_owned());
         }
-        let mut client = v1::coordinator_client::CoordinatorClient::new(channel)
+        let mut client = v1::coordinator_client::CoordinatorClient::with_interceptor(channel, present)
             .max_decoding_message_size(cadre_proto::MAX_MESSAGE_BYTES);
         let opened =
             tokio::time::timeout(tuning::KEEP_ALIVE_TIMEOUT, client.watch(ReceiverStream::new(outgoing)));
@@ -432,6 +455,7 @@ fn ended(status: &tonic::Status, had_view: bool) -> Ended {
     }
     match status.code() {
         Code::FailedPrecondition => Ended::Refused(status.message().to_owned()),
+        Code::Unauthenticated => Ended::Stranger(status.message().to_owned()),
         code => Ended::Lost { reason: format!("{code:?}: {}", status.message()), had_view },
     }
 }

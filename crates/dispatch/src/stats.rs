@@ -109,6 +109,15 @@ impl DispatchStats {
         shards[shard.index()].clone()
     }
 
+    /// Forgets shards from this index on: no placement has them any more.
+    pub fn forget_from(&self, shards: usize) {
+        let mut known = self.shards.write();
+        if known.len() > shards {
+            known.truncate(shards);
+            known.shrink_to_fit();
+        }
+    }
+
     /// Every shard's counters, by index.
     pub fn shards(&self) -> Vec<Arc<ShardStats>> {
         self.shards.read().clone()

@@ -1,13 +1,14 @@
 //! Everything an expert shard can be told, with its defaults in one place.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     num::NonZeroUsize,
     path::PathBuf,
     time::Duration,
 };
 
-use cadre_types::{NumericsClass, PodRef, ShardIndex};
+use cadre_proto::secret::ClusterSecret;
+use cadre_types::{AdvertiseError, NumericsClass, PodRef, ShardIndex};
 use serde::Serialize;
 use tokio::sync::oneshot;
 
@@ -35,6 +36,10 @@ pub struct ExpertOptions {
     pub drain: Duration,
     /// The pod that it runs in; `None` outside Kubernetes.
     pub pod: Option<PodRef>,
+    /// The pod's address, advertised where `advertise` is absent.
+    pub pod_ip: Option<IpAddr>,
+    /// The cluster's secret: asked of workers, shown to the coordinator.
+    pub secret: Option<ClusterSecret>,
     /// Receives the real addresses once every port is bound.
     pub bound: Option<oneshot::Sender<BoundAddresses>>,
 }
@@ -54,6 +59,8 @@ impl ExpertOptions {
             threads: None,
             drain: Duration::from_secs(5),
             pod: None,
+            pod_ip: None,
+            secret: None,
             bound: None,
         }
     }
@@ -71,34 +78,7 @@ pub struct BoundAddresses {
 /// Why options are unusable.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OptionsError {
-    /// Nobody can be told a wildcard.
-    #[error("listen: {listen} is a wildcard; say with advertise how workers reach it")]
-    Wildcard {
-        /// What was bound.
-        listen: SocketAddr,
-    },
-}
-
-/// The address that workers are told.
-pub(crate) fn advertised(advertise: Option<&str>, bound: SocketAddr) -> Result<String, OptionsError> {
-    match advertise {
-        Some(address) => Ok(address.to_owned()),
-        None if bound.ip().is_unspecified() => Err(OptionsError::Wildcard { listen: bound }),
-        None => Ok(bound.to_string()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
-    use super::*;
-
-    #[test]
-    fn a_wildcard_needs_an_advertised_address() {
-        let wildcard: SocketAddr = "0.0.0.0:7".parse().unwrap();
-        assert_eq!(advertised(None, wildcard), Err(OptionsError::Wildcard { listen: wildcard }));
-        assert_eq!(advertised(Some("shard-0:7"), wildcard).unwrap(), "shard-0:7");
-        assert_eq!(advertised(None, "127.0.0.1:7".parse().unwrap()).unwrap(), "127.0.0.1:7");
-    }
+    /// Nobody could reach the shard.
+    #[error(transparent)]
+    Advertise(#[from] AdvertiseError),
 }

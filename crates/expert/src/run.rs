@@ -31,22 +31,23 @@ use cadre_dispatch::{
 use cadre_model::ExpertKey;
 use cadre_ops::Backend;
 use cadre_ops_cpu::{CpuBackend, CpuOptions};
-use cadre_proto::v1;
+use cadre_proto::{secret::Admit, v1};
 use cadre_shard::{ApplyError, CheckpointSource, SelfTestError, Shard, ShardOptions};
 use cadre_telemetry::{Metrics, Readiness, admin, axum};
 use cadre_types::{
     ClusterView, Generation, Member, MemberId, MemberState, Placement, PlacementEpoch, Role, ShardIndex,
+    advertised,
 };
 use tokio::{
     net::TcpListener,
     sync::{oneshot, watch},
     task::JoinHandle,
 };
-use tonic::service::Routes;
+use tonic::service::{Routes, interceptor::InterceptedService};
 
 use crate::{
     metrics::ExpertMetrics,
-    options::{BoundAddresses, ExpertOptions, advertised},
+    options::{BoundAddresses, ExpertOptions, OptionsError},
 };
 
 /// Conditions of readiness.
@@ -157,7 +158,9 @@ impl Expert {
         let index = options.shard;
         let (grpc, grpc_address) = bind(options.listen, "listen").await?;
         let (admin_listener, admin_address) = bind(options.admin, "admin").await?;
-        let address = advertised(options.advertise.as_deref(), grpc_address)?;
+        let address = advertised(options.advertise.as_deref(), options.pod_ip, grpc_address)
+            .map_err(OptionsError::from)?
+            .to_string();
         let dir = options.model_dir.clone();
         let (numerics, threads) = (options.numerics, options.threads);
         let io = IoThread::start("cadre-expert-io").context("start the dispatch I/O thread")?;
@@ -190,8 +193,10 @@ impl Expert {
         ]);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing).await;
-        let services =
-            Routes::new(health_service).add_service(ExpertServer::new(shard.clone()).into_service());
+        let services = Routes::new(health_service).add_service(InterceptedService::new(
+            ExpertServer::new(shard.clone()).into_service(),
+            Admit::new(options.secret.clone()),
+        ));
         let server = GrpcServer::start(io, services, grpc, shard.clone())?;
         let serving_admin = admin::serve(admin_listener, metrics, readiness.clone(), axum::Router::new());
         let admin = tokio::spawn(serving_admin);
@@ -442,7 +447,7 @@ fn join(
 ) -> Result<Membership> {
     let born = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let member = Member {
-        // Unique per process life, and later for a later life: of two members of one shard the later wins.
+        // Unique per process life.
         id: MemberId(format!("shard-{}-{:013x}-{address}", options.shard.0, born.as_millis())),
         role: Role::Expert(options.shard),
         address,
@@ -456,7 +461,9 @@ fn join(
             v1::LoadProgress { bytes_read: progress.bytes_read, bytes_expected: progress.bytes_expected };
         LoadReport { loading: Some(loading), ..LoadReport::default() }
     };
-    Ok(membership::join(MembershipOptions::new(&options.coordinator), member, weights, load)?)
+    let to =
+        MembershipOptions { secret: options.secret.clone(), ..MembershipOptions::new(&options.coordinator) };
+    Ok(membership::join(to, member, weights, load)?)
 }
 
 /// As reports carry them.

@@ -84,6 +84,10 @@ impl ClusterSecret {
         let mut bytes = Vec::new();
         // Somebody may name a file that is none of a secret; blanks around one are few.
         let most = 4 * MAX_SECRET_BYTES as u64;
+        // A pipe nobody writes to would hold its reader for ever.
+        if !std::fs::metadata(path).map_err(failed)?.is_file() {
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "this is no regular file")));
+        }
         let file = std::fs::File::open(path).map_err(failed)?;
         io::Read::read_to_end(&mut io::Read::take(file, most), &mut bytes).map_err(failed)?;
         match std::str::from_utf8(&bytes) {
@@ -225,6 +229,8 @@ mod tests {
         assert!(refused("0123456789äbcdefgh").contains("byte 10"));
         let missing = ClusterSecret::read(Path::new("/no/such/secret")).unwrap_err().to_string();
         assert!(missing.contains("/no/such/secret"), "{missing}");
+        let device = ClusterSecret::read(Path::new("/dev/zero")).unwrap_err().to_string();
+        assert!(device.contains("no regular file"), "{device}");
     }
 
     #[test]

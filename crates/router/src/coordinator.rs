@@ -16,11 +16,13 @@
 //! replaces an older one. Without an operator (`cadre up`, or while it is away) everything goes on.
 
 mod coverage;
+mod digests;
 mod layouts;
 mod load_window;
 mod owner;
 mod plan;
 mod pods;
+mod proof;
 mod report;
 mod service;
 mod state;
@@ -28,7 +30,7 @@ mod state;
 use std::{sync::Arc, time::Duration};
 
 use cadre_placement::ExpertLoad;
-use cadre_proto::v1;
+use cadre_proto::{secret::ClusterSecret, v1};
 use cadre_telemetry::Readiness;
 use cadre_types::{ClusterView, Generation, Layout, Member, MemberId, MemberState, OperatorView, Role};
 use serde_json::Value;
@@ -44,6 +46,7 @@ pub(crate) use service::CoordinatorService;
 use crate::metrics::RouterMetrics;
 use layouts::Layouts;
 use owner::Owner;
+use proof::Prover;
 use report::MemberReport;
 use state::{ConnectionId, State};
 
@@ -110,6 +113,7 @@ enum Command {
     OperatorView { stream: OperatorStream, view: OperatorView },
     OperatorGone { stream: OperatorStream },
     LayoutFile { layout: Layout },
+    Proven { connection: ConnectionId },
     ExpertLoad { reply: oneshot::Sender<ExpertLoad> },
     Describe { reply: oneshot::Sender<Value> },
 }
@@ -150,6 +154,8 @@ pub(crate) struct CoordinatorOptions {
     pub(crate) load_window: Duration,
     /// Whether the router takes requests, for the operator.
     pub(crate) readiness: Readiness,
+    /// The cluster's secret, shown to workers.
+    pub(crate) secret: Option<ClusterSecret>,
     /// Where to count.
     pub(crate) metrics: RouterMetrics,
 }
@@ -173,6 +179,7 @@ impl std::fmt::Debug for Command {
             Self::OperatorView { .. } => "OperatorView",
             Self::OperatorGone { .. } => "OperatorGone",
             Self::LayoutFile { .. } => "LayoutFile",
+            Self::Proven { .. } => "Proven",
             Self::ExpertLoad { .. } => "ExpertLoad",
             Self::Describe { .. } => "Describe",
         })
@@ -185,20 +192,22 @@ impl Coordinator {
         let CoordinatorOptions { generation, planner, layout, placement_wait, .. } = options;
         let layouts = Layouts::new(planner, layout, placement_wait);
         let state = State::new(generation, layouts, options.lease, options.load_window);
-        Self::spawn_over(state, options.readiness, options.metrics)
+        Self::spawn_over(state, options.readiness, options.metrics, options.secret.as_ref())
     }
 
     fn spawn_over(
         mut state: State,
         readiness: Readiness,
         metrics: RouterMetrics,
+        secret: Option<&ClusterSecret>,
     ) -> (Self, tokio::task::JoinHandle<()>) {
         // A plan that need not wait for anybody is there before anybody asks.
         state.advance(Instant::now());
         let (views_sender, views) = watch::channel(state.view().map(PublishedView::new));
         let (workers_sender, workers) = watch::channel(Arc::new(state.worker_table()));
         let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
-        let owner = Owner::new(state, views_sender, workers_sender, readiness, metrics);
+        let prover = Prover::new(secret, commands.downgrade());
+        let owner = Owner::new(state, views_sender, workers_sender, readiness, metrics, prover);
         let task = tokio::spawn(owner.run(inbox));
         (Self { commands, views, workers }, task)
     }

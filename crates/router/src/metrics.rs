@@ -101,7 +101,7 @@ const MEMBERS_REFUSED: MetricSpec = MetricSpec {
     help: "Registrations and reports refused, by reason; generation is another checkpoint or numerics class.",
     labels: &[Label::OneOf(
         "reason",
-        &["generation", "shard", "pod_gone", "stranger", "full", "malformed", "gone"],
+        &["generation", "shard", "pod_gone", "stranger", "full", "digest", "malformed", "gone"],
     )],
 };
 const OLDEST_EPOCH: MetricSpec = MetricSpec {

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use cadre_proto::secret::ClusterSecret;
 use cadre_types::NumericsClass;
 use serde::Serialize;
 use tokio::sync::oneshot;
@@ -43,6 +44,8 @@ pub struct RouterOptions {
     pub limits: Limits,
     /// A member that has not reported for this long is removed.
     pub lease: Duration,
+    /// The cluster's secret: asked of members and the operator, shown to workers.
+    pub secret: Option<ClusterSecret>,
     /// How far back the aggregated expert load reaches.
     pub load_window: Duration,
     /// Receives the real addresses once every port is bound.
@@ -66,6 +69,7 @@ impl RouterOptions {
             listen: ListenAddresses::default(),
             limits: Limits::default(),
             lease: Duration::from_secs(3),
+            secret: None,
             load_window: Duration::from_secs(600),
             bound: None,
         }

@@ -15,7 +15,10 @@ use axum::{
     routing::get,
 };
 use cadre_net::{IntakeOptions, ServerOptions};
-use cadre_proto::v1::{coordinator_server::CoordinatorServer, inference_server::InferenceServer};
+use cadre_proto::{
+    secret::Admit,
+    v1::{coordinator_server::CoordinatorServer, inference_server::InferenceServer},
+};
 use cadre_telemetry::{Metrics, Readiness, admin};
 use cadre_types::PlacementEpoch;
 use tokio::{
@@ -23,7 +26,7 @@ use tokio::{
     sync::watch,
     task::{JoinHandle, JoinSet},
 };
-use tonic::service::Routes;
+use tonic::service::{Routes, interceptor::InterceptedService};
 
 use crate::{
     admission::Admission,
@@ -34,13 +37,17 @@ use crate::{
     metrics::RouterMetrics,
     model::ServedModel,
     options::{BoundAddresses, Limits, ListenAddresses, RouterOptions},
-    ready,
+    ready::{self, Outage},
     service::Service,
     workers::WorkerPool,
 };
 
 /// Bytes of incomplete messages of members: reports and layouts, each at most a message's bound.
 const COORDINATOR_INTAKE_BYTES: usize = 2 * cadre_proto::MAX_MESSAGE_BYTES;
+
+/// Largest report or operator's view. V3's largest placement (16 slots for each of 256 experts in 61 layers, 2 bytes a
+/// slot) is half a MiB and as many digests of 10 bytes are 2.5; a pod of an operator's view is some 150 bytes.
+const MAX_REPORT_BYTES: usize = 8 << 20;
 
 /// How often the layout file is looked at; a mounted ConfigMap itself follows within a minute.
 const LAYOUT_FILE_INTERVAL: Duration = Duration::from_secs(3);
@@ -111,7 +118,13 @@ pub async fn serve(
 ) -> Result<(), RouterError> {
     let RouterOptions { model_dir, served_model_name, numerics, .. } = &options;
     let (dir, name, numerics) = (model_dir.clone(), served_model_name.clone(), *numerics);
-    let loaded = tokio::task::spawn_blocking(move || ServedModel::load(&dir, name, numerics)).await;
+    let mut shutdown = std::pin::pin!(shutdown);
+    let loading = tokio::task::spawn_blocking(move || ServedModel::load(&dir, name, numerics));
+    // Files may be on a disk that does not answer; the process is ended all the same.
+    let loaded = tokio::select! {
+        loaded = loading => loaded,
+        () = &mut shutdown => return Ok(()),
+    };
     let model = Arc::new(loaded.map_err(|error| RouterError::Server {
         what: "router",
         problem: format!("loading the tokenizer: {error}"),
@@ -137,12 +150,16 @@ pub async fn serve(
         lease: options.lease,
         load_window: options.load_window,
         readiness: readiness.clone(),
+        secret: options.secret.clone(),
         metrics: router_metrics.clone(),
     });
     let admission = Admission::new(&options.limits, router_metrics.clone());
-    let pool = WorkerPool::new(coordinator.workers(), options.limits.connect_timeout);
-    let service = Service::new(model, admission.clone(), pool, router_metrics, options.limits.clone());
-    let parts = Parts { service, coordinator, metrics, admission, readiness, options };
+    let pool = WorkerPool::new(coordinator.workers(), options.limits.connect_timeout)
+        .with_secret(options.secret.as_ref());
+    let outage = Outage::default();
+    let service = Service::new(model, admission.clone(), pool, router_metrics, options.limits.clone())
+        .refusing_during(outage.clone());
+    let parts = Parts { service, coordinator, metrics, admission, readiness, outage, options };
     parts.serve(listeners, owner, shutdown).await
 }
 
@@ -153,6 +170,7 @@ struct Parts {
     metrics: Metrics,
     admission: Admission,
     readiness: Readiness,
+    outage: Outage,
     options: RouterOptions,
 }
 
@@ -171,6 +189,7 @@ impl Parts {
             health.clone(),
             self.coordinator.views(),
             self.coordinator.workers(),
+            self.outage.clone(),
         );
         let follow_file = follow_layout_file(self.options.layout_file.clone(), self.coordinator.clone());
         let background = Background(vec![
@@ -264,9 +283,10 @@ impl Parts {
     fn coordinator_server(&self, listener: TcpListener) -> impl Future<Output = ()> + Send + use<> {
         let service = CoordinatorService::new(self.coordinator.clone(), self.options.lease);
         let service = CoordinatorServer::new(service)
-            .max_decoding_message_size(cadre_proto::MAX_MESSAGE_BYTES)
+            .max_decoding_message_size(MAX_REPORT_BYTES)
             .max_encoding_message_size(cadre_proto::MAX_MESSAGE_BYTES);
-        let intake = IntakeOptions::streams(COORDINATOR_INTAKE_BYTES, cadre_proto::MAX_MESSAGE_BYTES);
+        let service = InterceptedService::new(service, Admit::new(self.options.secret.clone()));
+        let intake = IntakeOptions::streams(COORDINATOR_INTAKE_BYTES, MAX_REPORT_BYTES);
         let mut options = ServerOptions::grpc("coordinator", intake);
         options.first_request = self.options.limits.first_request_timeout;
         let routes = Routes::new(service).into_axum_router();

@@ -22,6 +22,7 @@ use crate::{
     metrics::{Api, RouterMetrics},
     model::ServedModel,
     options::Limits,
+    ready::Outage,
     request::{self, Context, PreparedSequence, Submission},
     workers::WorkerPool,
 };
@@ -34,6 +35,7 @@ pub struct Service {
     pub(crate) pool: WorkerPool,
     pub(crate) metrics: RouterMetrics,
     pub(crate) limits: Arc<Limits>,
+    outage: Outage,
     ids: Arc<Ids>,
     compute: Compute,
 }
@@ -100,7 +102,22 @@ impl Service {
         limits: Limits,
     ) -> Self {
         let compute = Compute::new(limits.text_budget_bytes());
-        Self { model, admission, pool, metrics, limits: Arc::new(limits), ids: Arc::new(Ids::new()), compute }
+        Self {
+            model,
+            admission,
+            pool,
+            metrics,
+            limits: Arc::new(limits),
+            outage: Outage::default(),
+            ids: Arc::new(Ids::new()),
+            compute,
+        }
+    }
+
+    /// Refuses requests while this says that nothing can serve them.
+    #[must_use]
+    pub(crate) fn refusing_during(self, outage: Outage) -> Self {
+        Self { outage, ..self }
     }
 
     /// A name for a request, unlike any other's.
@@ -112,6 +129,9 @@ impl Service {
     /// place for is refused before its body is read.
     pub fn arrive(&self, api: Api, request_id: String, timeout: Option<Duration>) -> RequestResult<Arrived> {
         let tracked = Tracked::new(api, self.metrics.clone());
+        if let Some(missing) = self.outage.lasting(Instant::now()) {
+            tracked.note::<()>(Err(RequestError::NoWorker { missing }))?;
+        }
         tracked.note(self.admission.check())?;
         Ok(Arrived { tracked, request_id, clock: Clock::new(&self.limits, timeout) })
     }

@@ -19,7 +19,10 @@ use std::{
     time::Duration,
 };
 
-use cadre_proto::v1::worker_client::WorkerClient;
+use cadre_proto::{
+    secret::{ClusterSecret, InternalChannel, Present},
+    v1::worker_client::WorkerClient,
+};
 use cadre_types::{Generation, Member, MemberId, MemberState, Role};
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -44,6 +47,7 @@ pub struct WorkerPool {
     /// Largest cache of a ready worker when one was last ready; 0 before that.
     last_capacity: Arc<AtomicU64>,
     connect_timeout: Duration,
+    present: Present,
 }
 
 #[derive(Debug, Default)]
@@ -100,7 +104,7 @@ pub struct Chosen {
     /// The worker.
     pub member: Member,
     /// A client over the shared connection.
-    pub client: WorkerClient<Channel>,
+    pub client: WorkerClient<InternalChannel>,
     /// Its share of the work.
     pub assignment: Assignment,
 }
@@ -117,7 +121,14 @@ pub struct Candidates {
 impl WorkerPool {
     /// A pool over the coordinator's table.
     pub fn new(table: watch::Receiver<Arc<WorkerTable>>, connect_timeout: Duration) -> Self {
-        Self { table, state: Arc::default(), last_capacity: Arc::default(), connect_timeout }
+        let present = Present::default();
+        Self { table, state: Arc::default(), last_capacity: Arc::default(), connect_timeout, present }
+    }
+
+    /// Shows workers the cluster's secret.
+    #[must_use]
+    pub fn with_secret(self, secret: Option<&ClusterSecret>) -> Self {
+        Self { present: Present::new(secret), ..self }
     }
 
     /// The generation in force.
@@ -236,7 +247,7 @@ impl WorkerPool {
         ledger.assigned.pages += work.pages;
         ledger.assigned.prompt_tokens += work.prompt_tokens;
         drop(state);
-        let client = WorkerClient::new(channel)
+        let client = WorkerClient::with_interceptor(channel, self.present.clone())
             .max_decoding_message_size(cadre_proto::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(cadre_proto::MAX_MESSAGE_BYTES);
         let assignment = Assignment { id: member.id.clone(), life, work, state: Arc::clone(&self.state) };

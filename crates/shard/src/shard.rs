@@ -418,7 +418,10 @@ impl<B: Backend> Inner<B> {
             return Ok(held);
         }
         if let Err(mismatch) = self.options.weights.check_weights(&frame.generation) {
-            return Err(Refusal::new(RefusalCode::Generation, format!("{shard}, {layer}: {mismatch}")));
+            return Err(Refusal::new(
+                RefusalCode::Generation,
+                format!("{shard}, {layer}: {}", mismatch.to_peer()),
+            ));
         }
         let (read, expected) =
             (self.bytes_read.load(Ordering::Acquire), self.bytes_expected.load(Ordering::Acquire));

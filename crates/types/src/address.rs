@@ -2,15 +2,14 @@
 
 use std::{
     fmt,
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     str::FromStr,
 };
 
 /// A host that others can dial, and a port: the authority of a URI without user information.
 ///
 /// The host is an IPv4 address, an IPv6 address in brackets, or a DNS name. An IPv6 address without brackets is
-/// read as `address:port` (its last group is the port), because that is what `$(POD_IP):port` gives in a pod;
-/// it is printed with brackets.
+/// refused: nobody can tell whether its last group is the port.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HostPort {
     host: Host,
@@ -52,6 +51,41 @@ impl HostPort {
     }
 }
 
+impl From<SocketAddr> for HostPort {
+    fn from(address: SocketAddr) -> Self {
+        Self { host: Host::Ip(address.ip()), port: address.port() }
+    }
+}
+
+/// Why nobody can be told where a process listens.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AdvertiseError {
+    /// What was given is none.
+    #[error("advertise: {0}")]
+    Address(AddressError),
+    /// Nothing was given, and it listens everywhere.
+    #[error("advertise: {listen} is every address of this machine; say under which one peers reach it")]
+    Wildcard {
+        /// Where it listens.
+        listen: SocketAddr,
+    },
+}
+
+/// Where others reach a process that listens on `bound`: what it was told to say, else the pod's address, else
+/// where it listens.
+pub fn advertised(
+    advertise: Option<&str>,
+    pod_ip: Option<IpAddr>,
+    bound: SocketAddr,
+) -> Result<HostPort, AdvertiseError> {
+    match (advertise, pod_ip) {
+        (Some(text), _) => text.parse().map_err(AdvertiseError::Address),
+        (None, Some(ip)) => Ok(SocketAddr::new(ip, bound.port()).into()),
+        (None, None) if bound.ip().is_unspecified() => Err(AdvertiseError::Wildcard { listen: bound }),
+        (None, None) => Ok(bound.into()),
+    }
+}
+
 impl fmt::Display for HostPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.host {
@@ -88,6 +122,9 @@ fn host_of(text: &str) -> Result<Host, &'static str> {
         None => text.parse().ok(),
     };
     match ip {
+        Some(IpAddr::V6(_)) if bracketed.is_none() => {
+            Err("an IPv6 address stands in brackets, [address]:port")
+        }
         Some(ip) if ip.is_unspecified() => Err("nobody can dial every address"),
         Some(ip) => Ok(Host::Ip(ip)),
         None if text.is_empty() => Err("the host is missing"),
@@ -120,9 +157,6 @@ mod tests {
             ("127.0.0.1:7", "127.0.0.1:7"),
             ("[::1]:50052", "[::1]:50052"),
             ("[FD00:0::5]:1", "[fd00::5]:1"),
-            // As `$(POD_IP):port` gives it.
-            ("fd00::5:50052", "[fd00::5]:50052"),
-            ("::1:8080", "[::1]:8080"),
             ("worker-0.decode.ns.svc:65535", "worker-0.decode.ns.svc:65535"),
             ("shard_1:1", "shard_1:1"),
             ("cluster.local.:1", "cluster.local.:1"),
@@ -131,6 +165,29 @@ mod tests {
         }
         assert_eq!("[::1]:7".parse::<HostPort>().map(|parsed| parsed.ip()), Ok("::1".parse().ok()));
         assert_eq!("a:7".parse::<HostPort>().map(|parsed| parsed.ip()), Ok(None));
+    }
+
+    #[test]
+    fn a_wildcard_is_not_advertised_and_a_pods_address_is() {
+        let told = |advertise, pod_ip: Option<&str>, bound: &str| {
+            let pod_ip = pod_ip.and_then(|ip| ip.parse().ok());
+            let bound = bound.parse().unwrap_or_else(|_| SocketAddr::from(([0; 4], 0)));
+            advertised(advertise, pod_ip, bound)
+                .map(|told| told.to_string())
+                .map_err(|error| error.to_string())
+        };
+        let is = |text: &str| Ok(text.to_owned());
+        assert_eq!(told(None, None, "127.0.0.1:7"), is("127.0.0.1:7"));
+        assert_eq!(told(None, None, "[::1]:7"), is("[::1]:7"));
+        assert_eq!(told(None, Some("fd00::5"), "[::]:7"), is("[fd00::5]:7"));
+        assert_eq!(told(None, Some("10.0.0.5"), "0.0.0.0:7"), is("10.0.0.5:7"));
+        assert_eq!(told(Some("shard-0:9"), Some("10.0.0.5"), "0.0.0.0:7"), is("shard-0:9"));
+        for wildcard in ["0.0.0.0:7", "[::]:7"] {
+            let refused = told(None, None, wildcard);
+            assert!(refused.as_ref().is_err_and(|error| error.contains(wildcard)), "{refused:?}");
+        }
+        let refused = told(Some("fd00::5:7"), None, "[::]:7");
+        assert!(refused.as_ref().is_err_and(|error| error.contains("[address]:port")), "{refused:?}");
     }
 
     #[test]
@@ -147,7 +204,10 @@ mod tests {
             (":1", "host is missing"),
             ("0.0.0.0:1", "every address"),
             ("[::]:1", "every address"),
-            (":::1", "every address"),
+            // As `$(POD_IP):port` gives it in a pod with an IPv6 address.
+            ("fd00::5:50052", "[address]:port"),
+            ("::1:8080", "[address]:port"),
+            (":::1", "[address]:port"),
             ("[::1:1", "neither"),
             ("[worker]:1", "brackets"),
             ("[127.0.0.1]:1", "brackets"),

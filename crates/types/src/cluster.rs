@@ -222,13 +222,4 @@ impl ClusterView {
     pub fn settled(generation: Generation, placement: Arc<Placement>, members: Vec<Member>) -> Self {
         Self { generation, placement, next: None, oldest_epoch: generation.epoch, members }
     }
-
-    /// The member that serves a shard, if one is registered. Of two (an old one not yet expired and
-    /// its replacement) the one that is ready wins, then the later id.
-    pub fn shard(&self, shard: ShardIndex) -> Option<&Member> {
-        self.members
-            .iter()
-            .filter(|member| member.role == Role::Expert(shard))
-            .max_by_key(|member| (member.state == MemberState::Ready, &member.id))
-    }
 }

@@ -13,7 +13,7 @@ pub mod ids;
 pub mod placement;
 pub mod sampling;
 
-pub use address::{AddressError, HostPort};
+pub use address::{AddressError, AdvertiseError, HostPort, advertised};
 pub use cluster::{
     ClusterView, CoordinatorStatus, Coverage, CoverageExample, Layout, LoadProgress, Member, MemberId,
     MemberState, MemberStatus, NextLayout, OperatorView, PodRef, PodView, Role,

@@ -5,7 +5,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicU64, Ordering},
+    atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
 use cadre_dispatch::{
@@ -98,6 +98,8 @@ pub const CATALOG: &[MetricSpec] =
 #[derive(Debug)]
 pub struct DispatchMetrics {
     stats: Arc<DispatchStats>,
+    /// Shards at the last refresh.
+    shards: AtomicUsize,
     bytes: CounterFamily,
     shard_micros: CounterFamily,
     events: CounterFamily,
@@ -115,6 +117,7 @@ impl DispatchMetrics {
         metrics.collector(&ROUND_TRIP, Box::new(RoundTrip::new(Arc::clone(&stats))))?;
         Ok(Self {
             stats,
+            shards: AtomicUsize::new(0),
             bytes: metrics.counters(&BYTES)?,
             shard_micros: metrics.counters(&SHARD_MICROS)?,
             events: metrics.counters(&EVENTS)?,
@@ -143,7 +146,16 @@ impl DispatchMetrics {
         for (family, label, count) in totals {
             raise(family, &[label], count);
         }
-        for (index, shard) in stats.shards().iter().enumerate() {
+        let shards = stats.shards();
+        if self.shards.swap(shards.len(), Ordering::Relaxed) > shards.len() {
+            // Series of shards that no placement has go; those that stay are made again with all they have counted.
+            self.frames.reset();
+            self.pairs.reset();
+            self.failures.reset();
+            self.ejections.reset();
+            self.usable.reset();
+        }
+        for (index, shard) in shards.iter().enumerate() {
             let index = index.to_string();
             raise(&self.frames, &[&index], &shard.frames);
             raise(&self.pairs, &[&index], &shard.pairs);
@@ -234,6 +246,22 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn series_of_shards_that_are_forgotten_go_and_the_others_keep_their_counts() {
+        let registry = Metrics::new();
+        let stats = Arc::new(DispatchStats::default());
+        let metrics = DispatchMetrics::register(&registry, Arc::clone(&stats)).unwrap();
+        stats.shard(ShardIndex(0)).frames.store(5, Ordering::Relaxed);
+        stats.shard(ShardIndex(60_003));
+        metrics.refresh();
+        assert!(registry.encode().unwrap().contains("shard=\"60003\""));
+        stats.forget_from(1);
+        metrics.refresh();
+        let text = registry.encode().unwrap();
+        assert!(text.contains("cadre_dispatch_frames_total{shard=\"0\"} 5\n"), "{text}");
+        assert!(!text.contains("shard=\"1\"") && !text.contains("60003"), "{text}");
     }
 
     #[test]

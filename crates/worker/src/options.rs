@@ -2,15 +2,16 @@
 //! the environment.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     num::NonZeroUsize,
     path::PathBuf,
     time::Duration,
 };
 
 use cadre_ops::RowFormat;
+use cadre_proto::secret::ClusterSecret;
 use cadre_scheduler::{PAGE_TOKENS, SchedulerConfig};
-use cadre_types::{ModelConfig, NumericsClass, PodRef, Role};
+use cadre_types::{AdvertiseError, ModelConfig, NumericsClass, PodRef, Role};
 use serde::Serialize;
 use tokio::sync::oneshot;
 
@@ -45,6 +46,10 @@ pub struct WorkerOptions {
     pub timeouts: WorkerTimeouts,
     /// The pod that it runs in; `None` outside Kubernetes.
     pub pod: Option<PodRef>,
+    /// The pod's address, advertised where `advertise` is absent.
+    pub pod_ip: Option<IpAddr>,
+    /// The cluster's secret: asked of every caller, shown to every peer.
+    pub secret: Option<ClusterSecret>,
     /// Receives the real addresses once every port is bound.
     pub bound: Option<oneshot::Sender<BoundAddresses>>,
 }
@@ -66,6 +71,8 @@ impl WorkerOptions {
             max_step_tokens: SchedulerConfig::with_pages(1).max_step_tokens,
             timeouts: WorkerTimeouts::default(),
             pod: None,
+            pod_ip: None,
+            secret: None,
             bound: None,
         }
     }
@@ -148,11 +155,8 @@ pub enum OptionsError {
         given: usize,
     },
     /// Nobody could reach the worker.
-    #[error("advertise: {listen} is every address of this machine, say under which one peers reach it")]
-    Wildcard {
-        /// Where it listens.
-        listen: SocketAddr,
-    },
+    #[error(transparent)]
+    Advertise(#[from] AdvertiseError),
 }
 
 /// Bytes of a KV page over all main layers.
@@ -187,15 +191,6 @@ pub fn scheduler_config(
         prefill_tokens_with_decode: defaults.prefill_tokens_with_decode.min((max_step_tokens / 4).max(1)),
         ..defaults
     })
-}
-
-/// The address that peers are told.
-pub(crate) fn advertised(advertise: Option<&str>, bound: SocketAddr) -> Result<String, OptionsError> {
-    match advertise {
-        Some(address) => Ok(address.to_owned()),
-        None if bound.ip().is_unspecified() => Err(OptionsError::Wildcard { listen: bound }),
-        None => Ok(bound.to_string()),
-    }
 }
 
 #[cfg(test)]
@@ -235,13 +230,5 @@ mod tests {
             let config = scheduler_config(&v3(), NumericsClass::Bf16, 1 << 30, tokens).unwrap();
             assert_eq!(config.check(), Ok(()), "{tokens}");
         }
-    }
-
-    #[test]
-    fn a_wildcard_is_not_advertised() {
-        let any: SocketAddr = "0.0.0.0:7".parse().unwrap();
-        assert_eq!(advertised(None, any), Err(OptionsError::Wildcard { listen: any }));
-        assert_eq!(advertised(Some("worker-0:7"), any).unwrap(), "worker-0:7");
-        assert_eq!(advertised(None, "127.0.0.1:7".parse().unwrap()).unwrap(), "127.0.0.1:7");
     }
 }

@@ -26,14 +26,14 @@ use cadre_engine::{Engine, EngineHandle};
 use cadre_ops_cpu::CpuOptions;
 use cadre_scheduler::SchedulerConfig;
 use cadre_telemetry::{Metrics, Readiness, admin, axum};
-use cadre_types::{ClusterView, Generation, MemberState, PlacementEpoch, Role};
+use cadre_types::{ClusterView, Generation, MemberState, PlacementEpoch, Role, advertised};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 use tonic::service::Routes;
 
 use crate::{
     dispatch_metrics::DispatchMetrics,
     metrics::WorkerMetrics,
-    options::{BoundAddresses, WorkerOptions, advertised, scheduler_config},
+    options::{BoundAddresses, OptionsError, WorkerOptions, scheduler_config},
     service::{ServiceOptions, WorkerService},
 };
 
@@ -125,7 +125,9 @@ impl Worker {
         )?;
         let (grpc, grpc_address) = bind(options.listen, "listen").await?;
         let (admin_listener, admin_address) = bind(options.admin, "admin").await?;
-        let address = advertised(options.advertise.as_deref(), grpc_address)?;
+        let address = advertised(options.advertise.as_deref(), options.pod_ip, grpc_address)
+            .map_err(OptionsError::from)?
+            .to_string();
         if let Some(bound) = options.bound.take() {
             // Whoever asked may have gone; the worker does not depend on it.
             let _ = bound.send(BoundAddresses { grpc: grpc_address, admin: admin_address });
@@ -144,6 +146,7 @@ impl Worker {
             generation,
             role,
             handoff_timeout: options.timeouts.handoff,
+            secret: options.secret.clone(),
         });
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing).await;
@@ -159,6 +162,7 @@ impl Worker {
 
         let report = Arc::new(Report::default());
         let membership = join(&options, role, address.clone(), generation, &report, &worker_metrics)?;
+        service.hand_off_to_members_of(membership.views());
         tracing::info!(
             %role, address, admin = %admin_address, model = %generation.model, numerics = %generation.numerics,
             kv_pages = scheduler.pages, "worker started"
@@ -226,7 +230,8 @@ impl Worker {
             uncovered_wait: options.timeouts.uncovered,
             ..DispatchConfig::default()
         };
-        let dispatcher = Dispatcher::new(config, self.generation, Arc::new(GrpcConnector::new(io.handle())));
+        let connector = GrpcConnector::new(io.handle()).with_secret(options.secret.as_ref());
+        let dispatcher = Dispatcher::new(config, self.generation, Arc::new(connector));
         let dispatch = dispatcher.handle();
         let checkpoint = self.checkpoint.take().ok_or_else(|| anyhow!("weights are loaded once"))?;
         let load = Load {

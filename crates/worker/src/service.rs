@@ -14,9 +14,14 @@ use std::{
 };
 
 use cadre_engine::EngineHandle;
-use cadre_proto::{convert::required, v1};
-use cadre_types::{Generation, Role};
-use tonic::{Request, Response, Status, Streaming};
+use cadre_proto::{
+    convert::required,
+    secret::{Admit, ClusterSecret},
+    v1,
+};
+use cadre_types::{ClusterView, Generation, Role};
+use tokio::sync::watch;
+use tonic::{Request, Response, Status, Streaming, service::interceptor::InterceptedService};
 
 mod decode;
 mod peers;
@@ -39,6 +44,8 @@ pub struct ServiceOptions {
     pub role: Role,
     /// Bound on every wait for the other side of a hand-off.
     pub handoff_timeout: Duration,
+    /// The cluster's secret: asked of callers, shown to decode workers.
+    pub secret: Option<ClusterSecret>,
 }
 
 /// The service. Clones share it.
@@ -69,12 +76,13 @@ impl Drop for OpenCall {
 impl WorkerService {
     /// A service without an engine yet.
     pub fn new(options: ServiceOptions) -> Self {
+        let peers = peers::Peers::new(options.secret.as_ref());
         let shared = Shared {
             options,
             engine: OnceLock::new(),
             draining: AtomicBool::new(false),
             calls: Arc::default(),
-            peers: peers::Peers::default(),
+            peers,
         };
         Self { shared: Arc::new(shared) }
     }
@@ -83,6 +91,11 @@ impl WorkerService {
     pub fn serve_with(&self, engine: EngineHandle) {
         // A second engine would orphan the first one's sequences.
         let _ = self.shared.engine.set(engine);
+    }
+
+    /// From now on prompts are handed to decode workers of these views only. Only the first call counts.
+    pub fn hand_off_to_members_of(&self, views: watch::Receiver<Option<Arc<ClusterView>>>) {
+        self.shared.peers.limit_to(views);
     }
 
     /// Whether calls have ever been answered with an engine.
@@ -106,11 +119,13 @@ impl WorkerService {
         OpenCall(Arc::clone(&self.shared.calls))
     }
 
-    /// As a tonic service, with its message limits.
-    pub fn into_server(self) -> v1::worker_server::WorkerServer<Self> {
-        v1::worker_server::WorkerServer::new(self)
+    /// As a tonic service, with its message limits, for callers that show the secret.
+    pub fn into_server(self) -> InterceptedService<v1::worker_server::WorkerServer<Self>, Admit> {
+        let admit = Admit::new(self.shared.options.secret.clone());
+        let server = v1::worker_server::WorkerServer::new(self)
             .max_decoding_message_size(MAX_WORKER_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_WORKER_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_WORKER_MESSAGE_BYTES);
+        InterceptedService::new(server, admit)
     }
 
     fn engine(&self) -> Result<&EngineHandle, Status> {
@@ -127,11 +142,10 @@ impl WorkerService {
 
     fn check_generation(&self, wire: Option<&v1::Generation>, field: &'static str) -> Result<(), Status> {
         let theirs = Generation::try_from(required(wire, field)?)?;
-        self.shared
-            .options
-            .generation
-            .check_weights(&theirs)
-            .map_err(|mismatch| Status::failed_precondition(mismatch.to_string()))
+        self.shared.options.generation.check_weights(&theirs).map_err(|mismatch| {
+            tracing::warn!(field, %mismatch, "a call of another generation is refused");
+            Status::failed_precondition(mismatch.to_peer())
+        })
     }
 
     fn refuse_role(&self, refused: Role, call: &'static str) -> Result<(), Status> {

@@ -9,7 +9,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use cadre_proto::secret::{ClusterSecret, Present};
 use serde_json::Value;
+use tempfile::NamedTempFile;
 
 use crate::{
     binary::{cadre, pocket},
@@ -23,6 +25,9 @@ const LOOK: Duration = Duration::from_millis(20);
 /// A running `cadre up` and what it has told so far.
 pub struct Cluster {
     up: Child,
+    secret: ClusterSecret,
+    /// `up` reads it once more when it restarts a process.
+    _secret_file: NamedTempFile,
     /// Its standard input: closing it stops the cluster, and so does the end of the test process.
     _life_line: Option<ChildStdin>,
     told: Arc<Told>,
@@ -67,8 +72,13 @@ impl Cluster {
 
     /// Starts `cadre up` and waits for nothing.
     pub fn spawn(args: &[&str]) -> Self {
+        let secret = ClusterSecret::draw().expect("random bytes");
+        let secret_file = NamedTempFile::new().expect("a temporary file");
+        std::fs::write(secret_file.path(), secret.expose()).expect("the secret is written");
         let mut up = Command::new(cadre())
             .args(["up", "--output", "json", "--exit-on-stdin-close"])
+            .arg("--cluster-secret-file")
+            .arg(secret_file.path())
             .args(["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"])
             .args(args)
             .stdin(Stdio::piped())
@@ -88,7 +98,7 @@ impl Cluster {
                 move || told.read_log(stderr)
             }),
         ];
-        Self { _life_line: up.stdin.take(), up, told, readers }
+        Self { _life_line: up.stdin.take(), up, secret, _secret_file: secret_file, told, readers }
     }
 
     /// Waits for an event and returns it.
@@ -114,6 +124,11 @@ impl Cluster {
     /// The router's HTTP address.
     pub fn http(&self) -> String {
         self.ready_field("http")
+    }
+
+    /// The coordinator's address.
+    pub fn coordinator(&self) -> String {
+        self.ready_field("coordinator")
     }
 
     fn ready_field(&self, field: &str) -> String {
@@ -154,6 +169,11 @@ impl Cluster {
         let listening = state.events.iter().filter(|event| event["event"] == "listening");
         let members = listening.map(|event| (member(event).pid, event["process"].to_string()));
         members.chain([(self.up.id(), "up".to_owned())]).collect()
+    }
+
+    /// Shows the cluster's secret, as its own processes do.
+    pub fn present(&self) -> Present {
+        Present::new(Some(&self.secret))
     }
 
     /// Process id of `up`.

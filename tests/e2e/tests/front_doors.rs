@@ -4,10 +4,19 @@
 use std::{process::Command, sync::LazyLock, time::Duration};
 
 use cadre_e2e::{Cluster, golden, grpc, http, python, wait};
-use cadre_proto::v1::{self, FinishReason, expert_client::ExpertClient};
+use cadre_proto::{
+    secret::{ClusterSecret, Present},
+    v1::{
+        self, FinishReason, coordinator_client::CoordinatorClient, expert_client::ExpertClient,
+        worker_client::WorkerClient,
+    },
+};
 use serde_json::{Value, json};
 use tokio_stream::StreamExt;
-use tonic::{Code, Request};
+use tonic::{
+    Code, Request,
+    transport::{Channel, Endpoint},
+};
 
 /// Stops with the test process (its standard input ends).
 static CLUSTER: LazyLock<Cluster> = LazyLock::new(|| Cluster::start(&[]));
@@ -237,6 +246,37 @@ async fn every_role_is_ready_and_tells_its_metrics() {
     }
 }
 
+async fn channel(address: &str) -> Channel {
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("an address");
+    endpoint.connect().await.expect("somebody listens")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_internal_service_asks_for_the_secret() {
+    let cluster = http::get(&CLUSTER.member("router").admin, "/cluster").await.json();
+    assert_eq!(cluster["members"].as_array().map(Vec::len), Some(6), "they know each other: {cluster}");
+    let other = ClusterSecret::draw().expect("random bytes");
+    for present in [Present::default(), Present::new(Some(&other))] {
+        let coordinator = channel(&CLUSTER.coordinator()).await;
+        let worker = channel(&CLUSTER.member("decode 0").grpc).await;
+        let shard = channel(&CLUSTER.member("expert 0").grpc).await;
+        let mut coordinator = CoordinatorClient::with_interceptor(coordinator, present.clone());
+        let mut worker = WorkerClient::with_interceptor(worker, present.clone());
+        let mut shard = ExpertClient::with_interceptor(shard, present);
+        let refusals = [
+            ("Watch", coordinator.watch(tokio_stream::empty()).await.err()),
+            ("Operate", coordinator.operate(tokio_stream::empty()).await.err()),
+            ("Decode", worker.decode(v1::DecodeRequest::default()).await.err()),
+            ("Prefill", worker.prefill(v1::PrefillRequest::default()).await.err()),
+            ("ReceiveKv", worker.receive_kv(tokio_stream::empty()).await.err()),
+            ("Dispatch", shard.dispatch(tokio_stream::empty()).await.err()),
+        ];
+        for (call, refusal) in refusals {
+            assert_eq!(refusal.map(|status| status.code()), Some(Code::Unauthenticated), "{call}");
+        }
+    }
+}
+
 /// A frame to a shard as a worker would send it, apart from what `change` does.
 async fn frame_refused(change: impl FnOnce(&mut v1::DispatchFrame)) -> v1::DispatchError {
     let generation = {
@@ -257,8 +297,7 @@ async fn frame_refused(change: impl FnOnce(&mut v1::DispatchFrame)) -> v1::Dispa
     };
     change(&mut frame);
     let shard = CLUSTER.member("expert 0");
-    let client = ExpertClient::connect(format!("http://{}", shard.grpc)).await.expect("the shard answers");
-    let mut client = client
+    let mut client = ExpertClient::with_interceptor(channel(&shard.grpc).await, CLUSTER.present())
         .max_encoding_message_size(cadre_proto::MAX_MESSAGE_BYTES)
         .max_decoding_message_size(cadre_proto::MAX_MESSAGE_BYTES);
     // The stream stays open until the answer is there, as a worker's does.

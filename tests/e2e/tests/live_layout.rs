@@ -285,3 +285,49 @@ async fn a_member_of_another_generation_says_why_it_ends_and_the_router_goes_on(
     let message = usage.termination_message().expect("a termination message");
     assert!(message.starts_with("InvalidConfiguration: ") && message.contains("--shard"), "{message}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everything_runs_over_ipv6() {
+    const ANY: &str = "[::1]:0";
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let secret = folder.path().join("secret");
+    std::fs::write(&secret, "0123456789abcdef0123456789abcdef\n").expect("the secret");
+    let shared = ["--admin", ANY, "--cluster-secret-file", secret.to_str().expect("UTF-8")];
+    let router_args = ["--shards", "1", "--grpc", ANY, "--http", ANY, "--coordinator", ANY];
+    let router = RoleProcess::start("router", &[&shared[..], &router_args].concat());
+    let coordinator = router.address("coordinator").to_owned();
+    assert!(coordinator.starts_with("[::1]:"), "{coordinator}");
+    let member = ["--coordinator", &coordinator, "--threads", "1"];
+    // The shard listens everywhere and says its pod's address, as pods do.
+    let everywhere = ["--listen", "[::]:0", "--pod-ip", "::1", "--shard", "0"];
+    let _expert = RoleProcess::start("expert", &[&shared[..], &member, &everywhere].concat());
+    let worker = |role, more: &[&str]| {
+        let args = ["--role", role, "--listen", ANY];
+        RoleProcess::start("worker", &[&shared[..], &member, &args, more].concat())
+    };
+    let _workers = [worker("prefill", &[]), worker("decode", &[])];
+    let text = wait::until_async("an answer comes", || async {
+        let mut client = grpc::connect(router.address("grpc")).await;
+        client.generate(grpc::chat(&golden::pod().prompt)).await.ok().map(|answer| answer.into_inner().text)
+    })
+    .await;
+    assert_eq!(text, golden::pod().greedy_text);
+    let cluster = http::get(router.address("admin"), "/cluster").await.json();
+    let addresses: Vec<&str> = cluster["members"]
+        .as_array()
+        .expect("members")
+        .iter()
+        .filter_map(|member| member["address"].as_str())
+        .collect();
+    assert!(addresses.len() == 3 && addresses.iter().all(|at| at.starts_with("[::1]:")), "{addresses:?}");
+
+    for (advertise, words) in
+        [("fd00::5:7", "[address]:port"), ("http://a:7", "neither"), ("a", "port is missing")]
+    {
+        let args = [&shared[..], &member, &["--shard", "0", "--advertise", advertise]].concat();
+        let mut refused = RoleProcess::spawn("expert", &args, &[]);
+        assert!(!refused.wait().success());
+        let message = refused.termination_message().expect("a termination message");
+        assert!(message.starts_with("InvalidConfiguration: ") && message.contains(words), "{message}");
+    }
+}

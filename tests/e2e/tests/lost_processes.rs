@@ -98,7 +98,7 @@ async fn without_copies_and_without_a_shard_the_layer_and_the_expert_are_named()
         "--worker-arg=--dispatch-timeout=1",
     ]);
     let expected = unharmed(&cluster).await;
-    // It hangs and is therefore not restarted.
+    // It hangs, and for less time than a hung process is restarted after.
     let victim = cluster.member("expert 1");
     let status = harmed(&cluster, || process::signal(victim.pid, "STOP")).await.expect_err("no copy");
     assert_eq!(status.code(), Code::Unavailable, "{status}");
@@ -107,6 +107,30 @@ async fn without_copies_and_without_a_shard_the_layer_and_the_expert_are_named()
     }
     process::signal(victim.pid, "CONT");
     let again = wait::until_async("the shard is used again", || async {
+        let mut client = grpc::connect(&cluster.grpc()).await;
+        client.generate(long()).await.ok().map(|answer| answer.into_inner().tokens)
+    })
+    .await;
+    assert_eq!(again, expected);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hung_process_is_restarted_and_requests_are_refused_meanwhile() {
+    let cluster = Cluster::start(&["--experts=2", "--prefill=0"]);
+    let expected = unharmed(&cluster).await;
+    let victim = cluster.signal("expert 1", "STOP");
+    let refused = wait::until_async("requests that cannot run are refused", || async {
+        let mut client = grpc::connect(&cluster.grpc()).await;
+        let mut request = tonic::Request::new(grpc::endless("What is a Pod?", 1));
+        request.set_timeout(std::time::Duration::from_secs(1));
+        client.generate(request).await.err().filter(|status| status.code() == Code::Unavailable)
+    })
+    .await;
+    assert!(refused.message().contains("has no ready copy"), "{refused}");
+    recovered(&cluster, "expert 1", &victim).await;
+    let ended = cluster.ended("expert 1");
+    assert!(ended["status"].as_str().is_some_and(|status| status.contains("hung: 4 times")), "{ended}");
+    let again = wait::until_async("requests are served again", || async {
         let mut client = grpc::connect(&cluster.grpc()).await;
         client.generate(long()).await.ok().map(|answer| answer.into_inner().tokens)
     })

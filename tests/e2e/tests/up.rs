@@ -77,6 +77,30 @@ async fn ctrl_c_lets_requests_finish_and_leaves_no_process() {
     assert!(!cluster.log().contains("killed"), "{}", cluster.log());
 }
 
+/// `timeout` sends its signal to the process and to its group, which is twice to the process.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_signal_that_comes_twice_at_once_is_one_request_and_drains() {
+    let mut cluster = Cluster::start(&["--experts=1", "--prefill=0"]);
+    let mut client = grpc::connect(&cluster.grpc()).await;
+    let mut chunks =
+        client.generate_stream(grpc::endless("What is a Pod?", 60)).await.expect("a stream").into_inner();
+    let mut tokens = chunks.message().await.expect("a chunk").map_or(0, |chunk| chunk.tokens.len());
+    let (up, script) = (cluster.up_pid(), "kill -s TERM $0; kill -s TERM $0");
+    assert!(Command::new("sh").args(["-c", script, &up.to_string()]).status().expect("sh").success());
+    while let Some(chunk) = chunks.message().await.expect("the stream is not cut") {
+        tokens += chunk.tokens.len();
+    }
+    assert_eq!(tokens, 60, "the request in flight finished");
+    drop(client);
+    let cluster = tokio::task::spawn_blocking(move || {
+        assert!(cluster.wait().success());
+        cluster
+    });
+    let cluster = cluster.await.expect("joined");
+    assert!(!cluster.log().contains("stopping at once"), "{}", cluster.log());
+    cluster.all_gone();
+}
+
 #[test]
 fn a_second_ctrl_c_stops_at_once() {
     let mut cluster = Cluster::start(&["--experts=2"]);
@@ -84,7 +108,14 @@ fn a_second_ctrl_c_stops_at_once() {
     cluster.signal("expert 1", "STOP");
     process::signal(cluster.up_pid(), "INT");
     wait::until("the drain begins", || cluster.log().contains("stopping (SIGINT)").then_some(()));
-    process::signal(cluster.up_pid(), "INT");
+    // Again until it counts: a signal that follows at once is the same request.
+    wait::until("up stops", || {
+        if process::runs(cluster.up_pid()) {
+            process::signal(cluster.up_pid(), "INT");
+            return None;
+        }
+        Some(())
+    });
     cluster.wait();
     assert!(cluster.log().contains("stopping at once"), "{}", cluster.log());
     cluster.all_gone();

@@ -40,18 +40,20 @@ pub(crate) struct ExpertArgs {
 }
 
 impl ExpertArgs {
-    fn options(self) -> ExpertOptions {
-        ExpertOptions {
+    fn options(self) -> Result<ExpertOptions> {
+        Ok(ExpertOptions {
+            secret: self.role.secret(self.listen)?,
             listen: self.listen,
             advertise: self.advertise,
             admin: self.admin,
             numerics: self.role.numerics,
             threads: self.threads,
             drain: self.drain_timeout.0,
+            pod_ip: self.pod.pod_ip,
             pod: self.pod.pod(),
             bound: Some(announce()),
             ..ExpertOptions::new(self.role.model, ShardIndex(self.shard), self.coordinator)
-        }
+        })
     }
 }
 
@@ -60,5 +62,6 @@ pub(crate) async fn expert(args: ExpertArgs) -> Result<()> {
     let name = format!("expert {}", args.shard);
     let log = args.role.termination_log.clone();
     let stop = args.role.begin(&name)?;
-    ended(cadre_expert::run(args.options(), stop).await, &name, log.as_deref())
+    let run = async { cadre_expert::run(args.options()?, stop).await };
+    ended(run.await, &name, log.as_deref())
 }

@@ -109,8 +109,9 @@ fn origin(text: &str) -> Result<String, String> {
 }
 
 impl RouterArgs {
-    fn options(self) -> RouterOptions {
-        RouterOptions {
+    fn options(self) -> Result<RouterOptions> {
+        Ok(RouterOptions {
+            secret: self.role.secret(self.coordinator)?,
             served_model_name: self.served_model_name,
             numerics: self.role.numerics,
             redundant_slots: self.redundant_slots,
@@ -147,7 +148,7 @@ impl RouterArgs {
             lease: self.lease.0,
             bound: Some(announce()),
             ..RouterOptions::new(self.role.model, self.shards)
-        }
+        })
     }
 }
 
@@ -155,7 +156,8 @@ impl RouterArgs {
 pub(crate) async fn router(args: RouterArgs) -> Result<()> {
     let log = args.role.termination_log.clone();
     let stop = args.role.begin("router")?;
-    ended(cadre_router::run(args.options(), stop).await, "router", log.as_deref())
+    let run = async { Ok::<_, anyhow::Error>(cadre_router::run(args.options()?, stop).await?) };
+    ended(run.await, "router", log.as_deref())
 }
 
 #[cfg(test)]

@@ -82,6 +82,7 @@ fn of_one(error: &(dyn Error + 'static)) -> Option<Reason> {
     if error.is::<cadre_worker::options::OptionsError>()
         || error.is::<cadre_expert::options::OptionsError>()
         || error.is::<MembershipError>()
+        || error.is::<cadre_proto::secret::SecretError>()
         || error.is::<cadre_telemetry::logging::LoggingError>()
     {
         return Some(Reason::InvalidConfiguration);

@@ -78,9 +78,11 @@ impl From<RoleName> for WorkerRole {
 }
 
 impl WorkerArgs {
-    fn options(self) -> WorkerOptions {
+    fn options(self) -> Result<WorkerOptions> {
+        let secret = self.role_args.secret(self.listen)?;
         let defaults = WorkerOptions::new(self.role_args.model, self.role.into(), self.coordinator);
-        WorkerOptions {
+        Ok(WorkerOptions {
+            secret,
             listen: self.listen,
             advertise: self.advertise,
             admin: self.admin,
@@ -95,10 +97,11 @@ impl WorkerArgs {
                 uncovered: self.uncovered_timeout.0,
                 dispatch: self.dispatch_timeout.0,
             },
+            pod_ip: self.pod.pod_ip,
             pod: self.pod.pod(),
             bound: Some(announce()),
             ..defaults
-        }
+        })
     }
 }
 
@@ -111,5 +114,6 @@ pub(crate) async fn worker(args: WorkerArgs) -> Result<()> {
     };
     let log = args.role_args.termination_log.clone();
     let stop = args.role_args.begin(name)?;
-    ended(cadre_worker::run(args.options(), stop).await, name, log.as_deref())
+    let run = async { cadre_worker::run(args.options()?, stop).await };
+    ended(run.await, name, log.as_deref())
 }

@@ -78,7 +78,7 @@ impl Console {
         match self.output {
             Output::Json => self.event(&json!({
                 "event": "ready", "model": self.model, "seconds": took.as_secs_f64(),
-                "grpc": router.grpc, "http": http, "admin": router.admin,
+                "grpc": router.grpc, "http": http, "admin": router.admin, "coordinator": router.coordinator,
             })),
             Output::Text => self.line(&format!(
                 "gRPC   {}\nHTTP   http://{http}/v1\nadmin  http://{}/metrics\nready: {} on {} processes after \

@@ -29,6 +29,8 @@ pub(crate) struct Layout {
     pub(crate) log: String,
     /// How long each role may take to finish its requests, in seconds.
     pub(crate) drain_seconds: u64,
+    /// The file of the cluster's secret.
+    pub(crate) secret: PathBuf,
     /// Flags handed to one tier as they are.
     pub(crate) extra: Extra,
 }
@@ -147,7 +149,8 @@ impl Layout {
         let mut args = words([role, "--exit-on-stdin-close", "--model"]);
         args.push(self.model.clone().into());
         args.extend(words(["--numerics", &self.numerics, "--log", &self.log, "--admin", EPHEMERAL]));
-        args.extend(words(["--drain-timeout", &self.drain_seconds.to_string()]));
+        args.extend(words(["--drain-timeout", &self.drain_seconds.to_string(), "--cluster-secret-file"]));
+        args.push(self.secret.clone().into());
         args
     }
 
@@ -197,6 +200,7 @@ mod tests {
             http: "127.0.0.1:8000".into(),
             log: "warn".into(),
             drain_seconds: 10,
+            secret: "secret".into(),
             extra: Extra::default(),
         }
     }
@@ -216,6 +220,15 @@ mod tests {
             names(&layout()),
             ["router", "prefill 0", "decode 0", "decode 1", "expert 0", "expert 1", "expert 2"]
         );
+    }
+
+    #[test]
+    fn every_process_is_told_the_secrets_file_and_not_the_secret() {
+        let layout = layout();
+        for process in layout.processes() {
+            let args = layout.command_line(&process, None, None);
+            assert_eq!(after(&args, "--cluster-secret-file").as_deref(), Some("secret"), "{process}");
+        }
     }
 
     #[test]

@@ -3,12 +3,7 @@
 //! A [`keep`] task is the only owner of its child. It ends when the child has ended after it was told to
 //! stop, and not before, so joining the task means that the process is gone.
 
-use std::{
-    path::PathBuf,
-    process::{ExitStatus, Stdio},
-    sync::Arc,
-    time::Duration,
-};
+use std::{future::Future, path::PathBuf, pin::Pin, process::Stdio, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use tokio::{
@@ -18,7 +13,10 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use super::layout::{Bound, Layout, ProcessSpec};
+use super::{
+    health,
+    layout::{Bound, Layout, ProcessSpec},
+};
 
 /// What the owner of the cluster wants of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,10 +82,7 @@ pub(crate) async fn keep(mut keeper: Keeper) {
     let mut before: Option<Bound> = None;
     while *keeper.wish.borrow() == Wish::Run {
         let begun = Instant::now();
-        let status = match keeper.live(&mut before).await {
-            Ok(status) => status.to_string(),
-            Err(error) => format!("{error:#}"),
-        };
+        let status = keeper.live(&mut before).await.unwrap_or_else(|error| format!("{error:#}"));
         if *keeper.wish.borrow() != Wish::Run {
             return;
         }
@@ -103,7 +98,7 @@ pub(crate) async fn keep(mut keeper: Keeper) {
 
 impl Keeper {
     /// One life of the process, from start to end.
-    async fn live(&mut self, before: &mut Option<Bound>) -> Result<ExitStatus> {
+    async fn live(&mut self, before: &mut Option<Bound>) -> Result<String> {
         let args = self.layout.command_line(&self.process, self.coordinator.as_deref(), before.as_ref());
         let mut child = Command::new(&self.executable)
             .args(args)
@@ -117,12 +112,27 @@ impl Keeper {
         let pid = child.id().unwrap_or_default();
         let mut life_line = child.stdin.take();
         let mut lines = child.stdout.take().map(|stdout| BufReader::new(stdout).lines());
+        let mut watched: Pin<Box<dyn Future<Output = String> + Send>> = Box::pin(std::future::pending());
+        let mut hung = None;
         loop {
             tokio::select! {
-                status = child.wait() => return status.context("wait for the process"),
+                status = child.wait() => {
+                    let status = status.context("wait for the process")?;
+                    return Ok(match hung {
+                        Some(why) => format!("{why}; {status}"),
+                        None => status.to_string(),
+                    });
+                }
+                why = &mut watched => {
+                    hung = Some(why);
+                    watched = Box::pin(std::future::pending());
+                    // A process that is stopped or stuck does not hear SIGTERM.
+                    child.start_kill().context("kill the hung process")?;
+                }
                 line = next_line(&mut lines) => {
                     if let Some(bound) = line.and_then(|line| serde_json::from_str::<Bound>(&line).ok()) {
                         *before = Some(bound.clone());
+                        watched = Box::pin(health::hung(bound.admin.clone()));
                         self.tell(What::Bound { pid, bound }).await;
                     }
                 }
@@ -130,8 +140,10 @@ impl Keeper {
                     // A vanished owner means the same as a wish to drain.
                     let wish = if changed.is_ok() { *self.wish.borrow_and_update() } else { Wish::Drain };
                     obey(wish, &mut child, &mut life_line)?;
+                    // Whoever drains it bounds that.
+                    watched = Box::pin(std::future::pending());
                     if changed.is_err() {
-                        return child.wait().await.context("wait for the process");
+                        return Ok(child.wait().await.context("wait for the process")?.to_string());
                     }
                 }
             }

@@ -5,26 +5,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cadre_types::{ClusterView, LayerId, LogicalExpert, MemberState, PlacementEpoch, ShardIndex};
+use cadre_types::{ClusterView, LayerId, LogicalExpert, MemberState, PlacementEpoch, Role, ShardIndex};
 
 use super::{mailbox::Mailbox, step::InFlight};
 use crate::{
     frame::{DispatchFrame, LinkError},
     health::{Failure, HealthPolicy, Peers, Sample, ShardHealth},
     stats::{DispatchStats, ShardStats, add},
-    transport::{Connect, DispatchTransport, Reply},
+    transport::{Connect, Reply},
 };
 
-/// One shard as last listed.
-struct Link {
-    transport: Arc<dyn DispatchTransport>,
-    address: String,
-    /// Listed as ready; a shard that disappears from the view keeps its last word, because a restarting
-    /// coordinator lists nobody at first and the data plane goes on without it.
-    ready: bool,
-    listed: bool,
-    was_up: bool,
-}
+mod link;
+
+use link::{Link, Listed};
 
 pub(super) struct Links {
     policy: HealthPolicy,
@@ -108,60 +101,77 @@ impl Links {
         self.grow(shards);
         // Frames of an older placement may be out; nobody is left on it once the oldest epoch has moved.
         if view.oldest_epoch >= view.placement.epoch() {
-            for gone in &mut self.links[shards..] {
-                *gone = None;
-            }
+            self.links.truncate(shards);
+            self.health.truncate(shards);
+            self.shard_stats.truncate(shards);
+            self.probes.retain(|probe| probe.1.index() < shards);
+            self.stats.forget_from(shards);
         }
         // What failed them before they were in the placement says little about them now.
         for joined in self.health.iter_mut().take(placed).skip(before) {
             joined.link_up(now);
         }
         let mut expired = Vec::new();
-        for index in 0..shards {
+        let mut listed = vec![Vec::new(); shards];
+        for member in &view.members {
+            if let Role::Expert(shard) = member.role
+                && let Some(of_shard) = listed.get_mut(shard.index())
+            {
+                of_shard.push(Listed { address: &member.address, ready: member.state == MemberState::Ready });
+            }
+        }
+        for (index, listed) in listed.iter().enumerate() {
             let shard = ShardIndex(index as u16);
-            match view.shard(shard) {
-                Some(member) => {
-                    self.relist(shard, &member.address, member.state == MemberState::Ready);
+            if listed.is_empty() {
+                if self.links[index].as_mut().is_some_and(Link::unlist) {
+                    expired.push(shard);
                 }
-                None => {
-                    if let Some(link) = &mut self.links[index]
-                        && std::mem::take(&mut link.listed)
-                    {
-                        expired.push(shard);
-                    }
-                }
+            } else if self.relist(shard, listed) {
+                self.begin_anew(shard);
             }
         }
         self.notice_ups(now);
         expired
     }
 
-    fn relist(&mut self, shard: ShardIndex, address: &str, ready: bool) {
-        let index = shard.index();
-        if let Some(link) = &mut self.links[index]
-            && link.address == address
-        {
-            (link.ready, link.listed) = (ready, true);
-            return;
+    /// True if another member is used from now on.
+    fn relist(&mut self, shard: ShardIndex, listed: &[Listed<'_>]) -> bool {
+        let (connector, mailbox) = (&self.connector, &self.mailbox);
+        let connect = |address: &str| {
+            tracing::debug!(%shard, address, "linking to shard");
+            let mailbox = Arc::clone(mailbox);
+            connector.connect(shard, address, Arc::new(move || mailbox.wake()))
+        };
+        match &mut self.links[shard.index()] {
+            Some(link) => link.relist(listed, connect),
+            unlinked => {
+                *unlinked = Link::new(listed, connect);
+                true
+            }
         }
-        tracing::debug!(%shard, address, "linking to shard");
-        let mailbox = self.mailbox.clone();
-        let transport = self.connector.connect(shard, address, Arc::new(move || mailbox.wake()));
-        let was_up = transport.is_up();
-        // The old link goes with its outstanding frames, which fail as disconnected; what was believed of
-        // the old process does not hold for the new one.
-        self.links[index] =
-            Some(Link { transport, address: address.to_owned(), ready, listed: true, was_up });
+    }
+
+    /// What was believed of one process does not hold for another.
+    fn begin_anew(&mut self, shard: ShardIndex) {
+        let index = shard.index();
         let outstanding = self.health[index].outstanding();
         self.health[index] = ShardHealth::default();
         self.health[index].sent(outstanding as usize);
+        if let Some(link) = &mut self.links[index] {
+            link.was_up = link.is_up();
+            tracing::debug!(%shard, address = link.address(), "the shard is asked at another address");
+        }
     }
 
     /// Brings probes of shards forward whose link has come up.
     pub(super) fn notice_ups(&mut self, now: Instant) {
-        for (index, link) in self.links.iter_mut().enumerate() {
-            let Some(link) = link else { continue };
-            let up = link.transport.is_up();
+        for index in 0..self.links.len() {
+            let Some(link) = &mut self.links[index] else { continue };
+            if link.choose() {
+                self.begin_anew(ShardIndex(index as u16));
+                continue;
+            }
+            let up = link.is_up();
             if up && !link.was_up {
                 self.health[index].link_up(now);
             }
@@ -172,7 +182,7 @@ impl Links {
 
     /// Whether frames may go to a shard.
     pub(super) fn usable(&self, shard: usize) -> bool {
-        let ready = |link: &Link| link.ready && link.transport.is_up();
+        let ready = |link: &Link| link.is_ready() && link.is_up();
         self.health.get(shard).is_some_and(ShardHealth::admitted)
             && self.links[shard].as_ref().is_some_and(ready)
     }
@@ -188,8 +198,8 @@ impl Links {
     }
 
     pub(super) fn send(&self, shard: ShardIndex, frame: DispatchFrame, reply: Reply) {
-        match self.links.get(shard.index()).and_then(Option::as_ref) {
-            Some(link) => link.transport.send(frame, reply),
+        match self.links.get(shard.index()).and_then(Option::as_ref).and_then(Link::transport) {
+            Some(transport) => transport.send(frame, reply),
             None => reply.send(Err(LinkError::Disconnected(format!("{shard} was never listed")))),
         }
     }
@@ -222,6 +232,7 @@ impl Links {
                 tracing::warn!(%shard, failure = failure.name(), what, "shard taken out");
             }
             add(&stats.ejections, 1);
+            self.pass_on(shard);
             self.publish();
         }
     }
@@ -251,11 +262,20 @@ impl Links {
         !self.health.iter().all(ShardHealth::preferred)
     }
 
+    /// The member of a shard that was taken out makes room for another one, if there is one.
+    fn pass_on(&mut self, shard: ShardIndex) {
+        if let Some(Some(link)) = self.links.get_mut(shard.index())
+            && link.next()
+        {
+            self.begin_anew(shard);
+        }
+    }
+
     /// Shards whose probe is due; each is now being probed.
     pub(super) fn take_due_probes(&mut self, now: Instant) -> Vec<ShardIndex> {
         let mut due = Vec::new();
         for (index, health) in self.health.iter_mut().enumerate() {
-            let up = self.links[index].as_ref().is_some_and(|link| link.transport.is_up());
+            let up = self.links[index].as_ref().is_some_and(Link::is_up);
             if up && health.take_due_probe(&self.policy, now) {
                 due.push(ShardIndex(index as u16));
             }
@@ -323,7 +343,7 @@ impl Links {
     /// A shard and its address, for errors.
     pub(super) fn name(&self, shard: ShardIndex) -> String {
         match self.links.get(shard.index()).and_then(Option::as_ref) {
-            Some(link) => format!("{shard} at {}", link.address),
+            Some(link) => format!("{shard} at {}", link.address().unwrap_or("no address")),
             None => shard.to_string(),
         }
     }
@@ -333,14 +353,14 @@ impl Links {
         let Some(link) = self.links.get(shard.index()).and_then(Option::as_ref) else {
             return format!("{shard} was never listed");
         };
-        let at = &link.address;
-        if !link.transport.is_up() {
+        let at = link.address().unwrap_or("no address");
+        if !link.is_up() {
             return format!("{shard} at {at} is not connected");
         }
-        if !link.ready {
+        if !link.is_ready() {
             return format!("{shard} at {at} is not ready");
         }
-        match self.health[shard.index()].next_probe() {
+        match self.health.get(shard.index()).and_then(ShardHealth::next_probe) {
             Some(_) if self.health[shard.index()].admitted() => format!("{shard} at {at} is slow but usable"),
             Some(next) => {
                 let wait = next.saturating_duration_since(now).as_millis();
@@ -352,7 +372,7 @@ impl Links {
 
     /// When the next probe of a shard whose link is up is due.
     pub(super) fn next_probe(&self) -> Option<Instant> {
-        let up = |index: usize| self.links[index].as_ref().is_some_and(|link| link.transport.is_up());
+        let up = |index: usize| self.links[index].as_ref().is_some_and(Link::is_up);
         let probes = self.health.iter().enumerate().filter(|(index, _)| up(*index));
         probes.filter_map(|(_, health)| health.next_probe()).min()
     }

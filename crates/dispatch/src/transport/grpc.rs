@@ -6,6 +6,7 @@ use std::{collections::HashMap, sync::Arc};
 use cadre_proto::{
     MAX_MESSAGE_BYTES,
     connection::{ConnectionEnd, with_causes},
+    secret::{ClusterSecret, Present},
     v1,
 };
 use cadre_types::ShardIndex;
@@ -29,6 +30,7 @@ use crate::{
 pub struct GrpcConnector {
     io: IoHandle,
     backoff: BackoffPolicy,
+    present: Present,
 }
 
 impl GrpcConnector {
@@ -39,7 +41,12 @@ impl GrpcConnector {
             first: std::time::Duration::from_millis(20),
             max: std::time::Duration::from_secs(1),
         };
-        Self { io, backoff }
+        Self { io, backoff, present: Present::default() }
+    }
+
+    /// Shows shards the cluster's secret.
+    pub fn with_secret(self, secret: Option<&ClusterSecret>) -> Self {
+        Self { present: Present::new(secret), ..self }
     }
 }
 
@@ -54,6 +61,7 @@ impl Connect for GrpcConnector {
             state: Mutex::new(State::Down("not connected yet".to_owned())),
             shard,
             address: address.to_owned(),
+            present: self.present.clone(),
             changed,
         });
         let backoff = Backoff::new(self.backoff, &(shard.0, address));
@@ -76,6 +84,7 @@ struct Link {
     state: Mutex<State>,
     shard: ShardIndex,
     address: String,
+    present: Present,
     changed: Arc<dyn Fn() + Send + Sync>,
 }
 
@@ -152,7 +161,7 @@ impl Link {
             Ok(channel) => channel,
             Err(error) => return format!("{}: {}", self.address, with_causes(&error)),
         };
-        let mut client = v1::expert_client::ExpertClient::new(channel)
+        let mut client = v1::expert_client::ExpertClient::with_interceptor(channel, self.present.clone())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let (outgoing, frames) = mpsc::channel(MAX_LINK_FRAMES);

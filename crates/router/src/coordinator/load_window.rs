@@ -8,7 +8,7 @@
 use std::{collections::VecDeque, time::Duration};
 
 use cadre_placement::{ExpertLoad, LayerLoad};
-use cadre_types::LayerId;
+use cadre_types::{LayerId, LogicalExpert};
 use tokio::time::Instant;
 
 /// Buckets of a window.
@@ -46,6 +46,11 @@ impl LoadWindow {
         // A window shorter than a second would only measure the rhythm of reports.
         let bucket = window.max(Duration::from_secs(1)) / BUCKETS;
         Self { layers, num_experts, bucket, buckets: VecDeque::new(), sum }
+    }
+
+    /// Whether the model has this expert.
+    pub(super) fn has(&self, layer: LayerId, expert: LogicalExpert) -> bool {
+        self.layers.binary_search(&layer).is_ok() && expert.index() < self.num_experts
     }
 
     /// Counts a report.

@@ -17,6 +17,7 @@ use tonic::Status;
 use super::{
     Command, Joined, NO_PLACEMENT, Operating, OperatorStream, PublishedView, WorkerTable,
     layouts::Change,
+    proof::Prover,
     report::MemberReport,
     state::{ConnectionId, Effect, Loss, Refusal, State},
     uncovered,
@@ -45,6 +46,7 @@ pub(super) struct Owner {
     workers: watch::Sender<Arc<WorkerTable>>,
     readiness: Readiness,
     metrics: RouterMetrics,
+    prover: Prover,
     operator: Option<Operator>,
     operator_streams: u64,
     /// Of the last look at the load window.
@@ -58,6 +60,7 @@ impl Owner {
         workers: watch::Sender<Arc<WorkerTable>>,
         readiness: Readiness,
         metrics: RouterMetrics,
+        prover: Prover,
     ) -> Self {
         Self {
             state,
@@ -65,6 +68,7 @@ impl Owner {
             workers,
             readiness,
             metrics,
+            prover,
             operator: None,
             operator_streams: 0,
             imbalance: None,
@@ -92,6 +96,7 @@ impl Owner {
                 _ = imbalance.tick() => self.measure(),
             }
             self.advance();
+            self.prover.follow(self.state.unproven(), self.state.generation());
         }
     }
 
@@ -131,6 +136,12 @@ impl Owner {
                 Some(_) => tracing::info!(?layout, "layout file changed; the operator's view counts"),
                 None => self.state.want(layout),
             },
+            Command::Proven { connection } => {
+                if let Some(member) = self.state.proven(connection) {
+                    tracing::info!(id = %member, "the worker has done a step; work is routed to it");
+                    self.publish(Effect::View);
+                }
+            }
             // A receiver that is gone does not want the answer any more.
             Command::ExpertLoad { reply } => drop(reply.send(self.state.expert_load(now))),
             Command::Describe { reply } => drop(reply.send(self.describe())),

@@ -134,6 +134,11 @@ impl Pods {
         if self.attached { self.stranger(member) } else { None }
     }
 
+    /// Whether an operator is there that has named pods.
+    pub(super) fn is_attached(&self) -> bool {
+        self.attached && !self.pods.is_empty()
+    }
+
     /// Whether the last view removes a member that has been registered since then.
     pub(super) fn removes(&self, member: &Member, registered: Instant) -> bool {
         let late = self.received.is_some_and(|received| received >= registered + GRACE);

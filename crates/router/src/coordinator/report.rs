@@ -4,9 +4,11 @@ use cadre_proto::{
     convert::{ConvertError, required},
     v1,
 };
-use cadre_types::{Generation, HostPort, LayerId, LoadProgress, Member, Placement, PlacementEpoch};
+use cadre_types::{
+    Generation, HostPort, LayerId, LoadProgress, LogicalExpert, Member, Placement, PlacementEpoch,
+};
 
-use super::{WorkerLoad, layouts::Stamp};
+use super::{WorkerLoad, digests::ReportedDigests, layouts::Stamp};
 
 /// Longest member id and address in bytes; both are logged and sent to everybody.
 const MAX_NAME_BYTES: usize = 256;
@@ -34,6 +36,8 @@ pub(super) struct MemberReport {
     pub(super) loading: Option<LoadProgress>,
     /// Tokens per expert since the last report, by layer.
     pub(super) expert_load: Vec<(LayerId, Vec<u64>)>,
+    /// What it has read from the checkpoint, where the report says.
+    pub(super) digests: ReportedDigests,
 }
 
 impl MemberReport {
@@ -106,8 +110,32 @@ impl TryFrom<v1::Report> for MemberReport {
             }),
             loading: wire.loading.map(LoadProgress::from),
             expert_load,
+            digests: ReportedDigests {
+                experts: digests(&wire.expert_digests)?,
+                weights: Some(wire.weights_digest).filter(|digest| *digest != 0),
+            },
         })
     }
+}
+
+fn digests(wire: &[v1::LayerDigests]) -> Result<Vec<(LayerId, LogicalExpert, u64)>, ConvertError> {
+    let field = "report.expert_digests";
+    let mut all = Vec::new();
+    for layer in wire {
+        let out_of_range =
+            |value| ConvertError::Invalid { field, problem: format!("{value} is out of range") };
+        if layer.experts.len() != layer.digests.len() {
+            let (experts, digests) = (layer.experts.len(), layer.digests.len());
+            let problem = format!("layer {}: {experts} experts and {digests} digests", layer.layer);
+            return Err(ConvertError::Invalid { field, problem });
+        }
+        let id = u16::try_from(layer.layer).map_err(|_| out_of_range(layer.layer))?;
+        for (&expert, &digest) in layer.experts.iter().zip(&layer.digests) {
+            let expert = u16::try_from(expert).map_err(|_| out_of_range(expert))?;
+            all.push((LayerId(id), LogicalExpert(expert), digest));
+        }
+    }
+    Ok(all)
 }
 
 #[cfg(test)]

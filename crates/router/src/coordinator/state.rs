@@ -19,6 +19,7 @@ use tonic::Status;
 use super::{
     WorkerEntry, WorkerLoad, WorkerTable,
     coverage::{Routable, coverage},
+    digests::{DigestMismatch, Digests},
     layouts::{Change, Facts, Holders, Layouts, Stamp},
     load_window::{LoadMismatch, LoadWindow},
     pods::{Pods, Stranger},
@@ -118,9 +119,12 @@ pub(super) enum Refusal {
     /// There are as many as one can use.
     #[error("member {id}: there are {count} {what} already, more are not admitted")]
     Full { id: MemberId, what: String, count: usize },
-    /// A placement that no coordinator plans.
-    #[error("member {id}: report.applied_placement: {problem}")]
+    /// A placement that no coordinator plans, or a part of none.
+    #[error("member {id}: {problem}")]
     Placement { id: MemberId, problem: String },
+    /// Bytes that another member has read differently.
+    #[error("{0}")]
+    Digest(DigestMismatch),
     /// It cannot have applied what nobody has told it on this stream.
     #[error(
         "member {id}: {epoch} is reported and was never given out, the highest is {highest}; register again"
@@ -144,6 +148,7 @@ impl From<Refusal> for Status {
             Refusal::Generation { id, mismatch } => {
                 Self::failed_precondition(format!("member {id}: {}", mismatch.to_peer()))
             }
+            Refusal::Digest(_) => Self::failed_precondition(message),
             Refusal::Gone => Self::aborted(message),
             // May be otherwise soon: members try again for ever.
             Refusal::Shard { .. } | Refusal::PodGone { .. } | Refusal::Stranger { .. } => {
@@ -167,6 +172,7 @@ impl Refusal {
             Self::PodGone { .. } => "pod_gone",
             Self::Stranger { .. } => "stranger",
             Self::Full { .. } => "full",
+            Self::Digest(_) => "digest",
             Self::Changed { .. } | Self::Load { .. } | Self::Placement { .. } | Self::Epoch { .. } => {
                 "malformed"
             }
@@ -185,6 +191,8 @@ struct Registered {
     loading: Option<LoadProgress>,
     applied: Stamp,
     prepared: Stamp,
+    /// A step is still to be asked of it before it is shown as ready.
+    must_prove: bool,
     /// Number of the last report.
     report: u64,
     since: Instant,
@@ -202,6 +210,7 @@ pub(super) struct State {
     lease: Duration,
     members: BTreeMap<MemberId, Registered>,
     window: LoadWindow,
+    digests: Digests,
     connections: u64,
     reports: u64,
 }
@@ -221,6 +230,7 @@ impl State {
             lease,
             members: BTreeMap::new(),
             window,
+            digests: Digests::default(),
             connections: 0,
             reports: 0,
         }
@@ -251,6 +261,7 @@ impl State {
             return Err(Refusal::Shard { id: report.member.id, shard, shards });
         }
         self.count(now, &report)?;
+        self.digests.note(&report.member.id, &report.digests);
         self.connections += 1;
         self.reports += 1;
         let connection = ConnectionId(self.connections);
@@ -258,6 +269,7 @@ impl State {
             connection,
             applied: report.applied(),
             prepared: report.prepared,
+            must_prove: self.pods.is_attached() && matches!(report.member.role, Role::Decode | Role::Both),
             member: report.member.clone(),
             load: report.load,
             loading: report.loading,
@@ -288,6 +300,7 @@ impl State {
             return Err(Refusal::Epoch { id, epoch, highest });
         }
         self.count(now, &report)?;
+        self.digests.note(&id, &report.digests);
         let adopted = self.adopt(now, &report);
         self.reports += 1;
         let known = self.members.get_mut(&id).ok_or(Refusal::Gone)?;
@@ -414,13 +427,30 @@ impl State {
         self.members.values().map(|known| self.shown(known)).collect()
     }
 
-    /// A member as others are told: whose pod is going away gets nothing new, whatever it says itself.
+    /// A member as others are told: whose pod is going away, or who has not proven itself, gets nothing new, whatever
+    /// it says itself.
     fn shown(&self, known: &Registered) -> Member {
         let mut member = known.member.clone();
         if self.pods.is_withdrawn(member.pod.as_ref()) {
             member.state = MemberState::Draining;
+        } else if known.must_prove && member.state == MemberState::Ready {
+            member.state = MemberState::Starting;
         }
         member
+    }
+
+    /// Workers that say they are ready and have not done the step that is asked of them.
+    pub(super) fn unproven(&self) -> Vec<(ConnectionId, Member)> {
+        let unproven = |known: &&Registered| known.must_prove && known.member.state == MemberState::Ready;
+        let unproven = self.members.values().filter(unproven);
+        unproven.map(|known| (known.connection, known.member.clone())).collect()
+    }
+
+    /// A worker has done its step. Its id, if it is still there.
+    pub(super) fn proven(&mut self, connection: ConnectionId) -> Option<MemberId> {
+        let known = self.members.values_mut().find(|known| known.connection == connection)?;
+        known.must_prove = false;
+        Some(known.member.id.clone())
     }
 
     pub(super) fn worker_table(&self) -> WorkerTable {
@@ -522,13 +552,21 @@ impl State {
         self.generation
             .check_weights(&report.generation)
             .map_err(|mismatch| Refusal::Generation { id: id(), mismatch })?;
-        match &report.applied_placement {
-            Some(whole) => self
-                .layouts
-                .check(report.applied(), whole)
-                .map_err(|problem| Refusal::Placement { id: id(), problem }),
-            None => Ok(()),
+        if let Some(whole) = &report.applied_placement {
+            let checked = self.layouts.check(report.applied(), whole);
+            checked.map_err(|problem| Refusal::Placement {
+                id: id(),
+                problem: format!("report.applied_placement: {problem}"),
+            })?;
         }
+        let experts = report.digests.experts.iter();
+        if let Some((layer, expert, _)) =
+            experts.clone().find(|(layer, expert, _)| !self.window.has(*layer, *expert))
+        {
+            let problem = format!("report.expert_digests: the model has no {expert} of {layer}");
+            return Err(Refusal::Placement { id: id(), problem });
+        }
+        self.digests.check(&report.member.id, &report.digests).map_err(Refusal::Digest)
     }
 
     /// Everybody is told of every member, and workers link to each: their number is bounded.

@@ -9,6 +9,7 @@ use cadre_types::{
 use cadre_placement::LayerLoad;
 
 use super::{
+    digests::ReportedDigests,
     layouts::Stamp,
     owner::{IMBALANCE_INTERVAL, STATUS_INTERVAL},
     state::{Effect, Refusal},
@@ -38,6 +39,7 @@ fn report(id: &str, role: Role, state: MemberState) -> MemberReport {
         load: WorkerLoad { total_pages: 10, free_pages: 10, ..WorkerLoad::default() },
         loading: None,
         expert_load: Vec::new(),
+        digests: ReportedDigests::default(),
     }
 }
 
@@ -237,7 +239,7 @@ fn coordinator() -> Coordinator {
 }
 
 fn spawn(metrics: RouterMetrics) -> (Coordinator, tokio::task::JoinHandle<()>) {
-    Coordinator::spawn_over(state(), Readiness::new(&[("accepting", "not yet")]), metrics)
+    Coordinator::spawn_over(state(), Readiness::new(&[("accepting", "not yet")]), metrics, None)
 }
 
 async fn register(coordinator: &Coordinator, report: MemberReport) -> Joined {
@@ -404,6 +406,82 @@ async fn strangers_are_refused_while_an_operator_is_there() {
     join(&mut state, in_pod(report("new", Role::Both, MemberState::Ready), "new"));
 }
 
+/// A worker that answers every request with so many tokens.
+#[derive(Clone, Default)]
+struct Answering {
+    tokens: Arc<std::sync::atomic::AtomicUsize>,
+    asked: Arc<tokio::sync::Notify>,
+}
+
+type Events<T> = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl v1::worker_server::Worker for Answering {
+    type DecodeStream = Events<v1::DecodeEvent>;
+    type PrefillStream = Events<v1::PrefillEvent>;
+
+    async fn decode(
+        &self,
+        request: tonic::Request<v1::DecodeRequest>,
+    ) -> Result<tonic::Response<Self::DecodeStream>, Status> {
+        use v1::decode_event::Event;
+        assert_eq!((request.get_ref().prompt.len(), request.get_ref().max_tokens), (1, 1));
+        self.asked.notify_one();
+        let tokens = self.tokens.load(std::sync::atomic::Ordering::SeqCst);
+        let token = |_| Event::Token(v1::GeneratedToken::default());
+        let events = (0..tokens).map(token).chain([Event::Finished(v1::Finished::default())]);
+        let events: Vec<_> = events.map(|event| Ok(v1::DecodeEvent { event: Some(event) })).collect();
+        Ok(tonic::Response::new(Box::pin(tokio_stream::iter(events))))
+    }
+
+    async fn prefill(
+        &self,
+        _: tonic::Request<v1::PrefillRequest>,
+    ) -> Result<tonic::Response<Self::PrefillStream>, Status> {
+        Err(Status::unimplemented("not asked"))
+    }
+
+    async fn receive_kv(
+        &self,
+        _: tonic::Request<tonic::Streaming<v1::KvFrame>>,
+    ) -> Result<tonic::Response<v1::KvReceipt>, Status> {
+        Err(Status::unimplemented("not asked"))
+    }
+}
+
+#[tokio::test]
+async fn a_worker_that_an_operator_sees_is_routable_after_a_step_that_we_asked_for() {
+    let worker = Answering::default();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let service = v1::worker_server::WorkerServer::new(worker.clone());
+    let incoming = tonic::transport::server::TcpIncoming::from(listener);
+    tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
+
+    let layout = Layout { shards: 2, redundant_slots: 1, min_copies: 1 };
+    let mut layouts = Layouts::new(planner(), layout, Duration::ZERO);
+    layouts.force(placement());
+    let forever = Duration::from_secs(3600);
+    let state = State::new(generation(0), layouts, forever, forever);
+    let metrics = RouterMetrics::register(&Metrics::new()).unwrap();
+    let (coordinator, _owner) = Coordinator::spawn_over(state, Readiness::new(&[]), metrics, None);
+    let _operating = operate(&coordinator, operator_view(2, &[("w", "a")])).await;
+    let mut ready = in_pod(report("w", Role::Both, MemberState::Ready), "w");
+    ready.member.address = address;
+    let _joined = register(&coordinator, ready).await;
+    let mut workers = coordinator.workers();
+    let state = |workers: &watch::Receiver<Arc<WorkerTable>>| workers.borrow().workers[0].member.state;
+    assert_eq!(state(&workers), MemberState::Starting, "its word alone does not count");
+    // An answer without a token is no step: it is asked again.
+    for _ in 0..2 {
+        tokio::time::timeout(Duration::from_secs(60), worker.asked.notified()).await.unwrap();
+    }
+    assert_eq!(state(&workers), MemberState::Starting);
+    worker.tokens.store(1, std::sync::atomic::Ordering::SeqCst);
+    let proven = workers.wait_for(|table| table.workers[0].member.state == MemberState::Ready);
+    tokio::time::timeout(Duration::from_secs(60), proven).await.unwrap().unwrap();
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_a_member_may_make_others_hold_is_bounded() {
     let mut state = state();
@@ -424,6 +502,28 @@ async fn what_a_member_may_make_others_hold_is_bounded() {
     let refused = refusal(&mut state, named("more".into(), Role::Both));
     assert!(refused.to_string().contains("there are 4096 members already"), "{refused}");
     assert_eq!((refused.name(), Status::from(refused).code()), ("full", tonic::Code::ResourceExhausted));
+}
+
+#[tokio::test(start_paused = true)]
+async fn copies_whose_bytes_differ_are_refused_for_good_and_unknown_experts_are_malformed() {
+    let mut state = state();
+    let reading = |index, expert: u16, digest| {
+        let mut report = shard(index, MemberState::Ready);
+        report.digests.experts = vec![(LayerId(1), LogicalExpert(expert), digest)];
+        report
+    };
+    let (connection, _ended) = join(&mut state, shard(0, MemberState::Starting));
+    state.report(Instant::now(), connection, reading(0, 0, 7)).unwrap();
+    let refused = refusal(&mut state, reading(1, 0, 8));
+    assert_eq!(refused.name(), "digest");
+    let status = Status::from(refused);
+    assert_eq!(status.code(), tonic::Code::FailedPrecondition);
+    assert!(status.message().contains("expert 0 of layer 1"), "{}", status.message());
+    let refused = refusal(&mut state, reading(1, 3, 8));
+    assert!(refused.to_string().contains("no expert 3 of layer 1"), "{refused}");
+    join(&mut state, reading(1, 0, 7));
+    // The same process, reading again for another placement, is judged as well.
+    state.report(Instant::now(), connection, reading(0, 0, 9)).unwrap_err();
 }
 
 /// Slots of every shard in the one layer with experts.
@@ -579,7 +679,7 @@ async fn without_a_placement_members_wait_for_their_first_view() {
     let layouts = Layouts::new(planner(), layout, Duration::from_secs(15));
     let state = State::new(generation(0), layouts, LEASE, Duration::from_secs(60));
     let metrics = RouterMetrics::register(&Metrics::new()).unwrap();
-    let (coordinator, _owner) = Coordinator::spawn_over(state, Readiness::new(&[]), metrics);
+    let (coordinator, _owner) = Coordinator::spawn_over(state, Readiness::new(&[]), metrics, None);
     let first = register(&coordinator, shard(0, MemberState::Starting)).await;
     assert!(first.views.borrow().is_none());
     let status = operate(&coordinator, operator_view(2, &[])).await.statuses.borrow().clone();

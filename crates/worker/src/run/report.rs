@@ -66,5 +66,7 @@ pub(super) fn join(
         };
         LoadReport { worker, loading: Some(loading), expert_load }
     };
-    Ok(membership::join(MembershipOptions::new(&options.coordinator), member, generation, load)?)
+    let to =
+        MembershipOptions { secret: options.secret.clone(), ..MembershipOptions::new(&options.coordinator) };
+    Ok(membership::join(to, member, generation, load)?)
 }

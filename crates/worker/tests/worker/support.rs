@@ -115,7 +115,7 @@ impl Drop for Served {
 
 impl Served {
     pub(crate) async fn start(role: Role, generation: Generation, handoff_timeout: Duration) -> Self {
-        let service = WorkerService::new(ServiceOptions { generation, role, handoff_timeout });
+        let service = WorkerService::new(ServiceOptions { generation, role, handoff_timeout, secret: None });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving = tuning::server().add_service(service.clone().into_server());

@@ -35,6 +35,7 @@ fn layout() -> Layout {
         http: "127.0.0.1:0".into(),
         log: "warn".into(),
         drain_seconds: 10,
+        secret: "/secret".into(),
         extra: Extra::default(),
     }
 }
