@@ -24,7 +24,11 @@ async fn members_get_the_placement_and_every_change() {
     let view = views.message().await.unwrap().unwrap();
     assert_eq!(ids(&view), ["shard-0", "w-1"]);
     let placement = view.placement.unwrap();
-    assert_eq!((placement.epoch, placement.num_experts, placement.layers.len()), (1, 32, 6));
+    assert_eq!(
+        (placement.epoch, placement.num_experts, placement.layers.len()),
+        (1, 32, 5),
+        "no MTP layer: nothing drafts"
+    );
     assert_eq!(view.generation.unwrap().epoch, 1);
 
     let (second, _views) = cluster.join(member("w-2")).await.unwrap();

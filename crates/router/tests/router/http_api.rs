@@ -232,7 +232,7 @@ async fn admin_tells_readiness_metrics_load_and_members() {
     );
     let (_, load) = get(at, "/expert-load").await;
     let load: cadre_placement::ExpertLoad = serde_json::from_str(&load).unwrap();
-    assert_eq!((load.num_experts(), load.layers().len()), (32, 6));
+    assert_eq!((load.num_experts(), load.layers().len()), (32, 5));
     let (_, members) = get(at, "/cluster").await;
     let members = parse(&members);
     assert_eq!((&members["epoch"], &members["covered"]), (&json!(1), &json!(true)));

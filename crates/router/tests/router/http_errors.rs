@@ -273,6 +273,7 @@ async fn the_longest_sequence_is_one_number_for_prompts_answers_and_what_is_adve
     let mut cluster = Cluster::bare(options()).await;
     let mut small = crate::cluster::report("w-1", cadre_proto::v1::Role::Both, worker.address.to_string());
     small.worker.as_mut().unwrap().total_pages = 2;
+    small.worker.as_mut().unwrap().free_pages = 2;
     cluster.add(small).await;
     cluster.ready(true).await;
     let (_, models) = crate::http_client::get(cluster.at.http, "/v1/models").await;

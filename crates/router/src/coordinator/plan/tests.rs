@@ -43,6 +43,10 @@ fn the_load_decides_who_gets_the_extra_slot_and_a_named_file_comes_first() {
     std::fs::write(dir.path().join(LOAD_FILE), hot(7, 1..7)).unwrap();
     let beside = plan(&options(dir.path(), 1), &config).unwrap();
     assert_eq!((copies(&beside, 7), copies(&beside, 9)), (2, 1));
+    // A load with the MTP layer (6), measured while it was placed, is one without: nothing drafts.
+    assert!(beside.layer(LayerId(6)).is_none());
+    std::fs::write(dir.path().join(LOAD_FILE), hot(7, 1..6)).unwrap();
+    assert_eq!(plan(&options(dir.path(), 1), &config).unwrap(), beside);
     let named = dir.path().join("other.json");
     std::fs::write(&named, hot(9, 1..7)).unwrap();
     let options = RouterOptions { expert_load: Some(named), ..options(dir.path(), 1) };
@@ -62,7 +66,7 @@ fn a_bad_load_file_is_named() {
     };
     for (text, words) in [
         ("{\"layers\": [", "EOF"),
-        (hot(0, 1..6).as_str(), "layer 6 of the model is missing"),
+        (hot(0, 1..5).as_str(), "layer 5 of the model is missing"),
         (hot(0, 0..7).as_str(), "layer 0 is no expert layer"),
     ] {
         let error = refused(text);
