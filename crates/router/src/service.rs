@@ -1,5 +1,7 @@
 //! The request path behind every front door, stage by stage (crate header).
 
+mod compute;
+
 use std::{
     hash::{BuildHasher, RandomState},
     sync::{
@@ -10,10 +12,9 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::Instant,
-};
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
+
+use compute::{Compute, Stop};
 
 use crate::{
     admission::{Admission, Ticket},
@@ -150,8 +151,7 @@ impl Service {
         request::limit_tokens(&self.model, self.pool.capacity_tokens())
     }
 
-    /// Work on a request's text, off the threads that serve; it is told to stop at the deadline and when
-    /// the caller has gone.
+    /// Work on a request's text ([`Compute::run`]).
     pub(crate) async fn compute<T: Send + 'static>(
         &self,
         clock: &Clock,
@@ -159,15 +159,7 @@ impl Service {
         bytes: usize,
         work: impl FnOnce(&Stop) -> RequestResult<T> + Send + 'static,
     ) -> RequestResult<T> {
-        let permits = clock.bound(stage, self.compute.turn(bytes)).await?;
-        let stop = Stop { deadline: clock.deadline, gone: Arc::default() };
-        let _gone = Gone(Arc::clone(&stop.gone));
-        let work = tokio::task::spawn_blocking(move || {
-            let _permits = permits;
-            work(&stop)
-        });
-        let result = clock.bound(stage, work).await?;
-        result.map_err(|error| RequestError::Internal { problem: format!("{stage}: {error}") })?
+        self.compute.run(clock, stage, bytes, work).await
     }
 
     /// Stage 2: validate, render, tokenize.
@@ -198,14 +190,7 @@ impl Service {
         let clock = admitted.clock;
         self.compute(&clock, TOKENIZING, bytes, move |stop| {
             let _text = text;
-            let stopped = || clock.passed(TOKENIZING);
-            request::prepare(&model, submission, &context, &|| stop.requested()).map_err(
-                |error| match error {
-                    // Nobody hears it if the client has gone.
-                    RequestError::Cancelled => stopped(),
-                    error => error,
-                },
-            )
+            request::prepare(&model, submission, &context, &|| stop.requested())
         })
         .await
     }
@@ -259,79 +244,6 @@ impl Service {
 
 /// The stage of [`Service::prepare`], in errors.
 const TOKENIZING: &str = "tokenizing the prompt";
-
-/// Texts from here on are large: their work is measured in milliseconds per piece and seconds in all.
-const LARGE_BYTES: usize = 256 << 10;
-
-/// Turns for work on texts, and the bytes of text that wait for it.
-///
-/// No more texts are worked on at a time than there are cores, and one, so that a burst of them does not fill
-/// the blocking pool; large ones may have half of the turns (rounded up), so that small ones pass them.
-/// Waiters hold tickets and bytes, so they are bounded.
-#[derive(Clone, Debug)]
-struct Compute {
-    turns: Arc<Semaphore>,
-    large: Arc<Semaphore>,
-    /// In units of [`TEXT_UNIT`].
-    texts: Arc<Semaphore>,
-    text_budget_bytes: usize,
-}
-
-/// A turn, and one among the large where the text is.
-type Turns = (Option<OwnedSemaphorePermit>, Option<OwnedSemaphorePermit>);
-
-/// Granularity of the count of text, in bytes.
-const TEXT_UNIT: usize = 1024;
-
-impl Compute {
-    fn new(text_budget_bytes: usize) -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self {
-            turns: Arc::new(Semaphore::new(cores + 1)),
-            large: Arc::new(Semaphore::new(cores.div_ceil(2))),
-            texts: Arc::new(Semaphore::new((text_budget_bytes / TEXT_UNIT).clamp(1, Semaphore::MAX_PERMITS))),
-            text_budget_bytes,
-        }
-    }
-
-    fn hold(&self, bytes: usize) -> RequestResult<OwnedSemaphorePermit> {
-        let units = u32::try_from(bytes.div_ceil(TEXT_UNIT)).unwrap_or(u32::MAX);
-        Arc::clone(&self.texts)
-            .try_acquire_many_owned(units)
-            .map_err(|_| RequestError::IntakeFull { budget_bytes: self.text_budget_bytes })
-    }
-
-    async fn turn(&self, bytes: usize) -> Turns {
-        // First the rarer, so that no turn is held while waiting. The semaphores are never closed.
-        let large = match bytes >= LARGE_BYTES {
-            true => Arc::clone(&self.large).acquire_owned().await.ok(),
-            false => None,
-        };
-        (Arc::clone(&self.turns).acquire_owned().await.ok(), large)
-    }
-}
-
-/// Asked by long work whether to go on.
-#[derive(Debug)]
-pub(crate) struct Stop {
-    deadline: Instant,
-    gone: Arc<AtomicBool>,
-}
-
-impl Stop {
-    pub(crate) fn requested(&self) -> bool {
-        self.gone.load(Ordering::Relaxed) || Instant::now() >= self.deadline
-    }
-}
-
-/// Says, when dropped, that nobody waits for the work any more.
-struct Gone(Arc<AtomicBool>);
-
-impl Drop for Gone {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
 
 /// Counts a request once, with its outcome, when the last of its parts is gone: `ok` if every sequence
 /// ended well, the first error if there was one, else the client cancelled.
