@@ -265,7 +265,8 @@ mod bounds {
     /// A value that doubles in a loop, by every operator, and everything that makes something of it.
     #[test]
     fn values_that_double_are_bounded() {
-        let limits = RenderLimits { time: Duration::from_secs(60), ..Default::default() };
+        // Less fuel than a conversation gets: there are 120 of them.
+        let limits = RenderLimits { fuel: 100_000, time: Duration::from_secs(60), ..Default::default() };
         for grow in [
             "ns.x ~ ns.x",
             "ns.x + ns.x",
