@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use cadre_checkpoint::{Checkpoint, inspect::Totals};
+use cadre_device::Device;
 use cadre_types::NumericsClass;
 use clap::Args;
 use tokio::time::{MissedTickBehavior, interval, sleep};
@@ -69,6 +70,9 @@ pub(crate) struct UpArgs {
     /// Most tokens of the `--exit-after` answer.
     #[arg(long, value_name = "N", default_value_t = 512)]
     max_tokens: u32,
+    /// What every worker and shard computes on: cpu or cuda:N. [default: what the machine has]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<Device>,
     /// Compute threads of each worker. [default: cores / workers]
     #[arg(long, value_name = "N")]
     worker_threads: Option<usize>,
@@ -154,6 +158,7 @@ impl UpArgs {
             redundant_slots: self.redundant_slots,
             model,
             numerics: self.numerics.to_string(),
+            device: self.device,
             threads: Threads {
                 worker: self.worker_threads.unwrap_or(share.worker),
                 expert: self.expert_threads.unwrap_or(share.expert),

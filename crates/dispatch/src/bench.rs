@@ -14,7 +14,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cadre_ops::{DispatchBatch, ExchangeError, ExpertExchange, ExpertRows, HostRows, RowFormat};
+use bytes::Bytes;
+use cadre_ops::{DispatchBatch, EncodedRows, ExchangeError, ExpertExchange, ExpertRows, RowFormat};
 use cadre_types::{
     ClusterView, Generation, LayerId, LayerPlacement, LogicalExpert, Member, MemberId, MemberState,
     ModelHash, NumericsClass, Placement, PlacementEpoch, PlacementError, Role, ShardIndex,
@@ -151,7 +152,7 @@ pub fn dispatch_round_trip(
             return Err(BenchError::Payload(bytes));
         }
         // Rows of finite values, whatever the bytes: bit 6 keeps their exponents below all ones.
-        let payload: Vec<u8> = (0..bytes).map(|at| (at * 131 % 251) as u8 & 0xBF).collect();
+        let payload: Bytes = (0..bytes).map(|at| (at * 131 % 251) as u8 & 0xBF).collect();
         let (mut dispatched, mut echoed) = (Vec::new(), Vec::new());
         for _ in 0..BLOCK {
             dispatch.round_trip(&payload)?;
@@ -228,17 +229,17 @@ impl DispatchEcho {
         Ok(Self { dispatcher, out: ExpertRows::default(), choices: Vec::new() })
     }
 
-    fn round_trip(&mut self, payload: &[u8]) -> Result<Duration, BenchError> {
+    fn round_trip(&mut self, payload: &Bytes) -> Result<Duration, BenchError> {
         let tokens = if payload.len().is_multiple_of(TOKEN_BYTES) { payload.len() / TOKEN_BYTES } else { 1 };
         self.choices.resize(tokens, 0);
         let batch = DispatchBatch {
             layer: LayerId(0),
-            activations: HostRows {
+            activations: &EncodedRows {
                 format: RowFormat::F32,
                 rows: tokens,
                 cols: payload.len() / tokens / 4,
-                data: payload,
-                scales: &[],
+                data: payload.clone(),
+                scales: Bytes::new(),
             },
             top_k: 1,
             topk_idx: &self.choices,
@@ -247,7 +248,7 @@ impl DispatchEcho {
         let ticket = self.dispatcher.dispatch(batch)?;
         self.dispatcher.combine(ticket, &mut self.out)?;
         let took = start.elapsed();
-        if self.out.data != payload {
+        if self.out.in_order() != *payload {
             return Err(BenchError::Echo { payload_bytes: payload.len() });
         }
         Ok(took)
@@ -284,7 +285,7 @@ impl RawEcho {
             read_framed(&mut self.stream, &mut self.back).await
         })?;
         let took = start.elapsed();
-        if self.back != payload {
+        if self.back != *payload {
             return Err(BenchError::Echo { payload_bytes: payload.len() });
         }
         Ok(took)

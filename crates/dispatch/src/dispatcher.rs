@@ -2,7 +2,7 @@
 //! events into its mailbox.
 //!
 //! `dispatch` groups the batch, sends one frame per shard and returns. `combine` takes answers as they
-//! come and scatters them. A frame that fails, or has no answer within `frame_timeout`, ejects its shard
+//! come and hands their rows on. A frame that fails, or has no answer within `frame_timeout`, ejects its shard
 //! and its pairs are planned again at once over the copies that remain. A frame that takes many times what its
 //! peers take is planned again as well if others have copies of all that it wants, and its shard is avoided. Pairs without a usable copy are
 //! *stranded*: the dispatcher waits for a probe, a link or a view to bring a copy back, until
@@ -25,7 +25,7 @@ use std::{
 use arc_swap::ArcSwapOption;
 use bytes::BytesMut;
 use cadre_ops::{
-    DispatchBatch, ExchangeError, ExchangeTicket, ExpertExchange, ExpertRows, HostRows, RowFormat,
+    DispatchBatch, EncodedRows, ExchangeError, ExchangeTicket, ExpertExchange, ExpertRows, RowFormat,
 };
 use cadre_types::{ClusterView, Generation, LayerId, LogicalExpert, Placement, ShardIndex};
 use crossbeam_channel::Receiver;
@@ -34,7 +34,7 @@ use tokio::sync::watch;
 use crate::{
     frame::{DispatchFrame, frame_of_ones},
     health::{ChoiceRng, HealthPolicy, choose},
-    plan::{FrameLimits, Pair, Plan, PlannedFrame, Planner, gather},
+    plan::{FrameLimits, Pair, Plan, PlannedFrame, Planner, gather, slice},
     stats::{DispatchStats, add},
     transport::{Connect, Drive, Reply},
 };
@@ -291,7 +291,7 @@ impl Dispatcher {
 
     /// Groups pairs of a step over the usable copies, sends what has one and strands the rest. `rows` is
     /// where the pairs' rows are; `late` names the frame whose answer is still good for stranded pairs.
-    fn place(&mut self, step: &mut Step, rows: HostRows<'_>, pairs: &[Pair], late: Option<u64>) {
+    fn place(&mut self, step: &mut Step, rows: &EncodedRows, pairs: &[Pair], late: Option<u64>) {
         let Some(view) = self.links.view().cloned() else { return };
         let now = Instant::now();
         let limits = FrameLimits::of(rows.format, step.combine, rows.cols);
@@ -314,21 +314,25 @@ impl Dispatcher {
         }
     }
 
-    fn gather_and_send(&mut self, step: &mut Step, rows: HostRows<'_>, plan: &mut Plan, now: Instant) {
+    fn gather_and_send(&mut self, step: &mut Step, rows: &EncodedRows, plan: &mut Plan, now: Instant) {
         let width = rows.format.row_bytes(rows.cols);
         let scale_width = 4 * rows.format.row_scales(rows.cols);
         // Reserved for all frames of the step at once, so that they share one allocation and it can be
         // taken back as a whole when they are answered.
         let peers = self.links.peers();
-        let gathered: usize = plan.frames.iter().map(|frame| frame.rows.len()).sum();
+        let copied = |frame: &&PlannedFrame| slice(rows, &frame.rows).is_none();
+        let gathered: usize = plan.frames.iter().filter(copied).map(|frame| frame.rows.len()).sum();
         self.buffer.reserve(gathered * (width + scale_width));
         for planned in plan.frames.drain(..) {
             let PlannedFrame { shard, rows: wanted, pair_tokens, pair_slots, targets } = planned;
-            let mut scales = BytesMut::new();
-            if scale_width > 0 {
-                scales.reserve(wanted.len() * scale_width);
-            }
-            gather(rows, &wanted, &mut self.buffer, &mut scales);
+            let (data, scales) = match slice(rows, &wanted) {
+                Some(rows) => (rows.data, rows.scales),
+                None => {
+                    let mut scales = BytesMut::with_capacity(wanted.len() * scale_width);
+                    gather(rows.as_host_rows(), &wanted, &mut self.buffer, &mut scales);
+                    (self.buffer.split().freeze(), scales.freeze())
+                }
+            };
             let sequence = self.next_sequence();
             let frame = DispatchFrame {
                 sequence,
@@ -336,8 +340,8 @@ impl Dispatcher {
                 layer: step.layer,
                 tokens: wanted.len(),
                 format: rows.format,
-                data: self.buffer.split().freeze(),
-                scales: scales.freeze(),
+                data,
+                scales,
                 pair_tokens,
                 pair_slots,
             };
@@ -385,13 +389,13 @@ impl Dispatcher {
         }
     }
 
-    /// Waits until every row of the front step is in `out`.
+    /// Waits until every row of the front step is in `out`, as it arrived.
     fn collect(&mut self, out: &mut ExpertRows) -> Result<(), ExchangeError> {
         loop {
             self.catch_up();
             let Some(mut step) = self.steps.pop_front() else { return Ok(()) };
             step.await_answers(Instant::now());
-            step.scatter_into(out);
+            step.hand_on(out);
             if step.fatal.is_none() && step.is_done() {
                 return Ok(());
             }
@@ -435,7 +439,7 @@ impl Dispatcher {
         let Some(view) = self.links.view() else {
             return Err(ExchangeError::NoPlacement { layer });
         };
-        let rows = &batch.activations;
+        let rows = batch.activations;
         let class = self.shared.weights.numerics;
         if rows.format != RowFormat::dispatch(class) {
             return malformed(format!("rows are {:?} in class {class}", rows.format));
@@ -520,8 +524,8 @@ impl Dispatcher {
         };
         out.format = step.combine;
         out.hidden = step.hidden;
-        out.rows = step.topk_idx.len();
-        out.data.resize(out.rows * out.format.row_bytes(out.hidden), 0);
+        out.pairs = step.topk_idx.len();
+        out.chunks.clear();
         self.collect(out)
     }
 }

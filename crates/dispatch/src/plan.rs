@@ -1,11 +1,11 @@
 //! Grouping, as a pure function: chosen experts + placement + a chooser of copies → one frame per shard,
-//! and the map that puts answer rows back into the order of the request.
+//! and the map that says which pair each answer row is of.
 //!
 //! Invariants (property-tested): every pair is in exactly one frame or in `unplaced`; a frame holds each
 //! token row once however many of its slots want it; pairs ascend by (slot, token); no frame exceeds its
 //! limits. Which copy computes a pair never changes its bits, so the chooser is free.
 
-use cadre_ops::{HostRows, RowFormat};
+use cadre_ops::{EncodedRows, HostRows, RowFormat};
 use cadre_types::{LayerId, LogicalExpert, Placement, ShardIndex, placement::Replica};
 
 use crate::frame::{MAX_FRAME_BYTES, MAX_FRAME_TOKENS};
@@ -235,6 +235,20 @@ fn frames_of(
     }
 }
 
+/// Rows that follow each other, as slices: nothing is copied. `None` if there are gaps.
+pub fn slice(source: &EncodedRows, rows: &[u32]) -> Option<EncodedRows> {
+    let (&first, &last) = (rows.first()?, rows.last()?);
+    if (last - first) as usize + 1 != rows.len() {
+        return None;
+    }
+    let cut =
+        |bytes: &bytes::Bytes, width: usize| bytes.slice(first as usize * width..(last as usize + 1) * width);
+    let (format, cols) = (source.format, source.cols);
+    let data = cut(&source.data, format.row_bytes(cols));
+    let scales = cut(&source.scales, 4 * format.row_scales(cols));
+    Some(EncodedRows { format, rows: rows.len(), cols, data, scales })
+}
+
 /// Appends the given rows of `source` to `data` and `scales`.
 pub fn gather(
     source: HostRows<'_>,
@@ -249,24 +263,9 @@ pub fn gather(
 }
 
 fn gather_width(source: &[u8], width: usize, rows: &[u32], out: &mut impl bytes::BufMut) {
-    // Rows ascend, each once: a full range is one copy.
-    if let (Some(&first), Some(&last)) = (rows.first(), rows.last())
-        && (last - first) as usize + 1 == rows.len()
-    {
-        out.put_slice(&source[first as usize * width..(last as usize + 1) * width]);
-        return;
-    }
     for &row in rows {
         let start = row as usize * width;
         out.put_slice(&source[start..start + width]);
-    }
-}
-
-/// Puts answer rows where they belong: row `i` of `answer` becomes row `targets[i]` of `out`.
-pub fn scatter(answer: &[u8], targets: &[u32], row_bytes: usize, out: &mut [u8]) {
-    for (row, &target) in answer.chunks_exact(row_bytes.max(1)).zip(targets) {
-        let start = target as usize * row_bytes;
-        out[start..start + row_bytes].copy_from_slice(row);
     }
 }
 

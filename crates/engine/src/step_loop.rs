@@ -18,9 +18,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cadre_model::{Model, StepOutput, Workspace};
+use cadre_model::{Model, Workspace};
 use cadre_ops::{Backend, ExpertExchange};
-use cadre_sampler::Sampler;
 use cadre_scheduler::{NewSequence, Scheduler, SequenceKind};
 use cadre_types::{FinishReason, SamplingParams, SequenceId, StopConditions, TokenId};
 use tokio::sync::mpsc;
@@ -52,14 +51,12 @@ pub(crate) struct StepLoop<B: Backend> {
     cache: B::KvCache,
     exchange: Box<dyn ExpertExchange>,
     scheduler: Scheduler,
-    entries: BTreeMap<SequenceId, Entry>,
+    entries: BTreeMap<SequenceId, Entry<B>>,
     by_request: HashMap<String, SequenceId>,
     commands: mpsc::Receiver<Command>,
     stopping: Arc<AtomicBool>,
     stats: Arc<EngineStats>,
     on_step: Box<dyn FnMut(&StepSample) + Send>,
-    output: StepOutput,
-    sampler: Sampler,
     shape: KvShape,
     handoff_timeout: Duration,
     handoff_begin_timeout: Duration,
@@ -68,19 +65,19 @@ pub(crate) struct StepLoop<B: Backend> {
 }
 
 /// What the scheduler does not know of a sequence.
-struct Entry {
+struct Entry<B: Backend> {
     request_id: String,
     sampling: SamplingParams,
     stop: StopConditions,
     events: EventSink,
-    part: Part,
+    part: Part<B>,
     _in_flight: InFlight,
 }
 
 /// Which side of a hand-off a sequence is on.
-enum Part {
+enum Part<B: Backend> {
     Local,
-    Outgoing(Outgoing),
+    Outgoing(Outgoing<B>),
     Incoming(Incoming),
 }
 
@@ -98,7 +95,7 @@ impl<B: Backend> StepLoop<B> {
             .model
             .new_cache(config.pages as usize)
             .map_err(|source| EngineStartError::Backend { what: "the KV cache", source })?;
-        let workspace = Workspace::new(&parts.model, config.max_step_tokens)
+        let workspace = Workspace::new(&parts.model, config.max_step_tokens, config.max_step_tokens)
             .map_err(|source| EngineStartError::Backend { what: "activations", source })?;
         stats.publish(&scheduler.stats());
         Ok(Self {
@@ -113,8 +110,6 @@ impl<B: Backend> StepLoop<B> {
             stopping,
             stats,
             on_step: parts.on_step,
-            output: StepOutput::default(),
-            sampler: Sampler::new(),
             shape,
             handoff_timeout: parts.handoff_timeout,
             handoff_begin_timeout: parts.handoff_begin_timeout,

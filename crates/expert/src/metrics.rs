@@ -2,8 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use cadre_ops::Backend;
-use cadre_shard::{Shard, stats::REFUSALS};
+use cadre_shard::{AnyShard, stats::REFUSALS};
 use cadre_telemetry::{
     Counter, CounterFamily, Gauge, GaugeFamily, Label, MetricKind, MetricSpec, Metrics, MetricsError,
 };
@@ -109,7 +108,7 @@ impl ExpertMetrics {
     }
 
     /// Brings the metrics up to date.
-    pub fn refresh<B: Backend>(&self, shard: &Shard<B>) {
+    pub fn refresh(&self, shard: &dyn AnyShard) {
         let stats = shard.stats();
         raise(&self.frames.with(&["computed"]), &stats.frames);
         raise(&self.frames.with(&["cancelled"]), &stats.cancelled);

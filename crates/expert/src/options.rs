@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use cadre_device::Device;
 use cadre_proto::secret::ClusterSecret;
 use cadre_types::{AdvertiseError, NumericsClass, PodRef, ShardIndex};
 use serde::Serialize;
@@ -32,6 +33,8 @@ pub struct ExpertOptions {
     pub numerics: NumericsClass,
     /// Threads of the backend; absent takes what the machine or its container allows.
     pub threads: Option<NonZeroUsize>,
+    /// What it computes on; absent takes what the machine has.
+    pub device: Option<Device>,
     /// Longest that frames are waited for when the shard is told to stop.
     pub drain: Duration,
     /// The pod that it runs in; `None` outside Kubernetes.
@@ -57,6 +60,7 @@ impl ExpertOptions {
             admin: any_port,
             numerics: NumericsClass::default(),
             threads: None,
+            device: None,
             drain: Duration::from_secs(5),
             pod: None,
             pod_ip: None,

@@ -25,14 +25,14 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use cadre_checkpoint::Checkpoint;
+use cadre_device::{BackendOptions, OnBackend};
 use cadre_dispatch::{
     Driver, ExpertServer, IoThread, LoadReport, Membership, MembershipOptions, membership, tuning,
 };
 use cadre_model::ExpertKey;
-use cadre_ops::Backend;
-use cadre_ops_cpu::{CpuBackend, CpuOptions};
+use cadre_ops::{Backend, OpsError};
 use cadre_proto::{secret::Admit, v1};
-use cadre_shard::{ApplyError, CheckpointSource, SelfTestError, Shard, ShardOptions};
+use cadre_shard::{AnyShard, ApplyError, CheckpointSource, SelfTestError, Shard, ShardOptions};
 use cadre_telemetry::{Metrics, Readiness, admin, axum};
 use cadre_types::{
     ClusterView, Generation, Member, MemberId, MemberState, Placement, PlacementEpoch, Role, ShardIndex,
@@ -93,7 +93,7 @@ pub async fn run(options: ExpertOptions, shutdown: impl Future<Output = ()> + Se
 /// A shard that is bound and registered.
 struct Expert {
     index: ShardIndex,
-    shard: Arc<Shard<CpuBackend>>,
+    shard: Arc<dyn AnyShard>,
     membership: Membership,
     readiness: Readiness,
     health: tonic_health::server::HealthReporter,
@@ -102,11 +102,28 @@ struct Expert {
     admin: JoinHandle<()>,
 }
 
+/// A shard to be, but for its backend.
+struct Open {
+    identity: ShardOptions,
+    checkpoint: Arc<Checkpoint>,
+    drive: Arc<Driver>,
+}
+
+impl OnBackend for Open {
+    type Output = Result<Arc<dyn AnyShard>, OpsError>;
+
+    fn run<B: Backend>(self, backend: Arc<B>) -> Self::Output {
+        let Self { identity, checkpoint, drive } = self;
+        let source = Arc::new(CheckpointSource::new(backend.clone(), checkpoint));
+        Ok(Arc::new(Shard::spawn(identity, backend, source, Some(drive))?))
+    }
+}
+
 /// The gRPC server, on the runtime that the compute thread drives while it waits for frames.
 struct GrpcServer {
     task: JoinHandle<()>,
     close: Option<oneshot::Sender<()>>,
-    shard: Arc<Shard<CpuBackend>>,
+    shard: Arc<dyn AnyShard>,
     _io: IoThread,
 }
 
@@ -115,7 +132,7 @@ impl GrpcServer {
         io: IoThread,
         services: Routes,
         listener: TcpListener,
-        shard: Arc<Shard<CpuBackend>>,
+        shard: Arc<dyn AnyShard>,
     ) -> Result<Self> {
         // A socket belongs to the runtime in which it was made; this one has been bound before.
         let listener = listener.into_std().context("hand the listener over")?;
@@ -162,20 +179,20 @@ impl Expert {
             .map_err(OptionsError::from)?
             .to_string();
         let dir = options.model_dir.clone();
-        let (numerics, threads) = (options.numerics, options.threads);
+        let numerics = options.numerics;
+        let backend = BackendOptions {
+            device: options.device,
+            threads: options.threads.map(usize::from),
+            ..BackendOptions::new(numerics)
+        };
         let io = IoThread::start("cadre-expert-io").context("start the dispatch I/O thread")?;
         let drive = Arc::new(Driver::new(io.handle()));
         let (shard, weights) = on_thread("cadre-open", move || -> Result<_> {
             let checkpoint = Arc::new(Checkpoint::open(&dir)?);
-            let cpu = CpuOptions { threads: threads.map(usize::from), ..CpuOptions::new(numerics) };
-            let backend = Arc::new(CpuBackend::new(cpu)?);
-            tracing::info!(backend = backend.describe(), model = %dir.display(), "opened");
             let weights = Generation { model: checkpoint.model_hash(), numerics, epoch: PlacementEpoch(0) };
-            let hidden = checkpoint.config().hidden_size;
-            let source = Arc::new(CheckpointSource::new(backend.clone(), checkpoint));
-            let identity = ShardOptions { shard: index, weights, hidden };
-            let shard = Shard::spawn(identity, backend, source, Some(drive))?;
-            Ok((Arc::new(shard), weights))
+            let identity = ShardOptions { shard: index, weights, hidden: checkpoint.config().hidden_size };
+            let shard = cadre_device::open(&backend, Open { identity, checkpoint, drive })??;
+            Ok((shard, weights))
         })
         .await??;
         if let Some(bound) = options.bound.take() {
@@ -224,7 +241,7 @@ impl Expert {
         let mut not_finite = 0;
         loop {
             ticks.tick().await;
-            self.metrics.refresh(&self.shard);
+            self.metrics.refresh(&*self.shard);
             if self.shard.is_dead() {
                 bail!("the compute thread of {} is gone", self.index);
             }
@@ -262,7 +279,7 @@ impl Expert {
                 continue;
             };
             self.readiness.met(PLACEMENT);
-            self.shard.release(|epoch| is_wanted(&view, epoch));
+            self.shard.release(&|epoch| is_wanted(&view, epoch));
             proven.retain(|proven: &Arc<Placement>| self.shard.holds(proven));
             self.settle(&view, &proven).await;
             match self.missing(&view, &proven) {
@@ -355,7 +372,7 @@ impl Expert {
             self.membership.clear_applied();
         }
         self.membership.set_prepared(next);
-        self.metrics.refresh(&self.shard);
+        self.metrics.refresh(&*self.shard);
         if proven.is_empty() {
             let why = match [Some(&view.placement), view.next.as_ref()]
                 .into_iter()
@@ -443,7 +460,7 @@ fn join(
     options: &ExpertOptions,
     address: String,
     weights: Generation,
-    shard: &Arc<Shard<CpuBackend>>,
+    shard: &Arc<dyn AnyShard>,
 ) -> Result<Membership> {
     let born = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let member = Member {

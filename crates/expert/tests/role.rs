@@ -19,7 +19,7 @@ use cadre_checkpoint::{
 };
 use cadre_dispatch::{DispatchConfig, Dispatcher, GrpcConnector, IoThread, tuning};
 use cadre_expert::{BoundAddresses, ExpertOptions};
-use cadre_ops::{DispatchBatch, ExpertExchange, ExpertRows, HostRows, RowFormat};
+use cadre_ops::{DispatchBatch, EncodedRows, ExpertExchange, ExpertRows, RowFormat};
 use cadre_proto::v1;
 use cadre_types::{
     ClusterView, Generation, LayerPlacement, LogicalExpert, Member, MemberState, NumericsClass, Placement,
@@ -201,22 +201,22 @@ impl Cluster {
             let mut dispatcher = Dispatcher::new(bounds, view.generation, connector);
             dispatcher.handle().update(Arc::new(view));
             let (tokens, hidden, top_k) = (5, config.hidden_size, config.num_experts_per_tok);
-            let data: Vec<u8> = (0..tokens * hidden).flat_map(|at| [0, 0x3F + (at % 2) as u8]).collect();
+            let data: bytes::Bytes = (0..tokens * hidden).flat_map(|at| [0, 0x3F + (at % 2) as u8]).collect();
             let topk_idx: Vec<u16> =
                 (0..tokens).flat_map(|t| (0..top_k).map(move |k| (t + 3 * k) as u16)).collect();
             let (mut all, mut out) = (Vec::new(), ExpertRows::default());
             for layer in config.served_moe_layers() {
-                let activations = HostRows {
+                let activations = EncodedRows {
                     format: RowFormat::Bf16,
                     rows: tokens,
                     cols: hidden,
-                    data: &data,
-                    scales: &[],
+                    data: data.clone(),
+                    scales: bytes::Bytes::new(),
                 };
-                let batch = DispatchBatch { layer, activations, top_k, topk_idx: &topk_idx };
+                let batch = DispatchBatch { layer, activations: &activations, top_k, topk_idx: &topk_idx };
                 let ticket = dispatcher.dispatch(batch).unwrap();
                 dispatcher.combine(ticket, &mut out).unwrap();
-                all.extend_from_slice(&out.data);
+                all.extend(out.in_order());
             }
             all
         };

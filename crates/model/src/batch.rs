@@ -1,5 +1,6 @@
 //! One step's work: rows of several sequences, each in prefill or decode form.
 
+use cadre_ops::AttentionForm;
 use cadre_types::{PageId, Position, TokenId};
 
 /// In which form the rows of a segment attend. Prompt positions are always computed in prefill form and
@@ -10,6 +11,15 @@ pub enum SegmentKind {
     Prefill,
     /// Generated tokens, absorbed form.
     Decode,
+}
+
+impl From<SegmentKind> for AttentionForm {
+    fn from(kind: SegmentKind) -> Self {
+        match kind {
+            SegmentKind::Prefill => Self::Naive,
+            SegmentKind::Decode => Self::Absorbed,
+        }
+    }
 }
 
 /// Consecutive rows of one sequence.
@@ -66,8 +76,7 @@ impl StepBatch<'_> {
     }
 }
 
-/// What a step yields, reused from step to step. Wanted rows in order of
-/// segments, and of rows within one.
+/// What a step yields, on the host. Wanted rows in order of segments, and of rows within one.
 #[derive(Clone, Debug, Default)]
 pub struct StepOutput {
     /// `[wanted, vocab_size]` F32.

@@ -13,5 +13,5 @@ pub mod rope;
 
 pub use batch::{LogitRows, Segment, SegmentKind, StepBatch, StepOutput};
 pub use experts::{ExpertKey, ExpertLoader};
-pub use forward::{ModelError, Site, StepObserver, Workspace};
+pub use forward::{LayerTicket, ModelError, Observed, Site, StepObserver, Workspace};
 pub use loader::{LoadError, LoadOptions, LoadProgress, Model};

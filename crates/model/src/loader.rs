@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use cadre_checkpoint::{Checkpoint, CheckpointError, Digest, MatrixBytes, MatrixView, table::table};
 use cadre_ops::{Backend, HostMatrix, KvLayout, MatrixData, OpsError, backend::Ffn, shape::GateShape};
-use cadre_types::{LayerId, ModelConfig, NumericsClass, config::ScaleFormat};
+use cadre_types::{LayerId, ModelConfig, config::ScaleFormat};
 
 use crate::rope::attention_shape;
 
@@ -33,12 +33,6 @@ pub enum LoadError {
     /// The checkpoint is wrong.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// The checkpoint wants another activation quantiser than this version has.
-    #[error(
-        "numerics class fp8: quantization_config.scale_fmt is ue8m0 and this version quantises activations \
-         with F32 scales only; serve the checkpoint with --numerics bf16 or f32"
-    )]
-    ScaleFormat,
     /// The backend refused a tensor.
     #[error("load {tensor}: {source}")]
     Backend {
@@ -47,15 +41,6 @@ pub enum LoadError {
         /// What the backend said.
         source: OpsError,
     },
-}
-
-/// Refuses a checkpoint whose activation quantiser the class would have to imitate and cannot.
-pub(crate) fn check_class(class: NumericsClass, config: &ModelConfig) -> Result<(), LoadError> {
-    let scale_fmt = config.quantization.as_ref().map(|fp8| fp8.scale_fmt);
-    match (class, scale_fmt) {
-        (NumericsClass::Fp8, Some(ScaleFormat::Ue8m0)) => Err(LoadError::ScaleFormat),
-        _ => Ok(()),
-    }
 }
 
 /// The network without its routed experts, resident on a backend.
@@ -115,7 +100,6 @@ impl<B: Backend> Model<B> {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, LoadError> {
         let config = checkpoint.config().clone();
-        check_class(backend.class(), &config)?;
         let with_mtp = options.mtp && config.num_nextn_predict_layers > 0;
         let bytes_expected = resident_bytes(checkpoint, with_mtp)?;
         let mut reader = Reader::new(&*backend, checkpoint, bytes_expected, progress);
@@ -269,7 +253,8 @@ impl<'a, B: Backend> Reader<'a, B> {
         let [gate, up, down] = &names;
         let views =
             [self.checkpoint.matrix(gate)?, self.checkpoint.matrix(up)?, self.checkpoint.matrix(down)?];
-        let [gate_view, up_view, down_view] = views.each_ref().map(host_matrix);
+        let scales = scale_format(self.checkpoint.config());
+        let [gate_view, up_view, down_view] = views.each_ref().map(|view| host_matrix(view, scales));
         let packed = self
             .backend
             .load_ffn(gate_view, up_view, down_view)
@@ -287,8 +272,8 @@ impl<'a, B: Backend> Reader<'a, B> {
         name: &str,
         pack: impl FnOnce(&B, HostMatrix<'_>) -> Result<T, OpsError>,
     ) -> Result<T, LoadError> {
-        let view = self.checkpoint.matrix(name)?;
-        let packed = self.packed(name, |backend| pack(backend, host_matrix(&view)))?;
+        let (view, scales) = (self.checkpoint.matrix(name)?, scale_format(self.checkpoint.config()));
+        let packed = self.packed(name, |backend| pack(backend, host_matrix(&view, scales)))?;
         self.done(name)?;
         Ok(packed)
     }
@@ -328,11 +313,19 @@ fn resident_bytes(checkpoint: &Checkpoint, with_mtp: bool) -> Result<u64, LoadEr
     Ok(bytes)
 }
 
-fn host_matrix<'a>(view: &'a MatrixView<'_>) -> HostMatrix<'a> {
+/// How activations are quantised for e4m3 matrices of a model.
+pub(crate) fn scale_format(config: &ModelConfig) -> ScaleFormat {
+    config.quantization.as_ref().map_or(ScaleFormat::F32, |fp8| fp8.scale_fmt)
+}
+
+fn host_matrix<'a>(view: &'a MatrixView<'_>, input_scales: ScaleFormat) -> HostMatrix<'a> {
     let data = match &view.data {
         MatrixBytes::F32(bytes) => MatrixData::F32(bytes),
         MatrixBytes::Bf16(bytes) => MatrixData::Bf16(bytes),
-        MatrixBytes::E4m3 { codes, scales } => MatrixData::E4m3 { codes, scales },
+        // The checkpoint has no other blocks: it was refused otherwise.
+        MatrixBytes::E4m3 { codes, scales } => {
+            MatrixData::E4m3 { codes, scales, block: MatrixData::BLOCK, input_scales }
+        }
     };
     HostMatrix { rows: view.rows, cols: view.cols, data }
 }

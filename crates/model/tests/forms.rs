@@ -3,8 +3,8 @@
 
 mod support;
 
-use cadre_model::{LogitRows, Segment, SegmentKind, StepBatch, StepOutput};
-use cadre_types::{NumericsClass, PageId};
+use cadre_model::{LogitRows, Segment, SegmentKind, StepBatch, StepOutput, Workspace};
+use cadre_types::{LayerId, NumericsClass, PageId};
 use support::{Golden, Pocket, relative_distance, table};
 
 #[test]
@@ -79,7 +79,6 @@ fn a_sequence_among_others_on_scattered_pages_gives_the_same_bits() {
 
     let scattered: Vec<PageId> = [40, 3, 22, 9, 31].map(PageId).to_vec();
     let other: Vec<PageId> = [17, 45].map(PageId).to_vec();
-    let mut out = StepOutput::default();
     let segment = |tokens, block_table| Segment {
         kind: SegmentKind::Prefill,
         tokens,
@@ -89,9 +88,47 @@ fn a_sequence_among_others_on_scattered_pages_gives_the_same_bits() {
     };
     let batch =
         StepBatch { segments: vec![segment(&short[..], &other[..]), segment(&long[..], &scattered[..])] };
-    pocket
-        .model
-        .forward(&mut pocket.ws, &batch, &mut pocket.cache, &mut pocket.experts, &mut (), &mut out)
-        .unwrap();
+    pocket.model.forward(&mut pocket.ws, &batch, &mut pocket.cache, &mut pocket.experts, &mut ()).unwrap();
+    let out = pocket.model.read(&mut pocket.ws).unwrap();
     assert_eq!(alone.logits, out.logits[short.len() * vocab..]);
+}
+
+/// Two micro-batches that take turns at every layer give the bits that each gives alone.
+#[test]
+fn micro_batches_that_take_turns_give_the_same_bits() {
+    let (first, second) = (Golden::case(3).u32("input_ids"), Golden::case(2).u32("input_ids"));
+    let mut pocket = Pocket::open(NumericsClass::Bf16, 512);
+    let tables = [[4, 9, 1], [7, 3, 12]].map(|pages| pages.map(PageId));
+    let alone = [&first, &second].map(|ids| pocket.prefill(ids, 512, &table(ids.len())).logits);
+    let batch = |tokens, block_table| StepBatch {
+        segments: vec![Segment {
+            kind: SegmentKind::Prefill,
+            tokens,
+            first_position: 0,
+            block_table,
+            logits: LogitRows::All,
+        }],
+    };
+    let batches = [batch(&first[..], &tables[0][..]), batch(&second[..], &tables[1][..])];
+    let Pocket { model, experts, ws, cache } = &mut pocket;
+    let mut other = Workspace::new(model, 512, 512).unwrap();
+    model.begin(ws, &batches[0]).unwrap();
+    model.begin(&mut other, &batches[1]).unwrap();
+    let layers = (0..model.config().num_hidden_layers as u16).map(LayerId);
+    let mut under_way = None;
+    for layer in layers {
+        // The second leaves its layer while the first's rows are with their experts, and the other way round.
+        let a = model.enter(ws, layer, cache, experts, &mut ()).unwrap();
+        if let Some(ticket) = under_way.take() {
+            model.leave(&mut other, ticket, experts, &mut ()).unwrap();
+        }
+        let b = model.enter(&mut other, layer, cache, experts, &mut ()).unwrap();
+        model.leave(ws, a, experts, &mut ()).unwrap();
+        under_way = Some(b);
+    }
+    model.leave(&mut other, under_way.unwrap(), experts, &mut ()).unwrap();
+    model.finish(ws).unwrap();
+    model.finish(&mut other).unwrap();
+    assert_eq!(model.read(ws).unwrap().logits, alone[0]);
+    assert_eq!(model.read(&mut other).unwrap().logits, alone[1]);
 }

@@ -6,7 +6,7 @@ mod support;
 
 use std::collections::HashMap;
 
-use cadre_model::{ModelError, SegmentKind, Site, StepObserver};
+use cadre_model::{ModelError, Observed, SegmentKind, Site, StepObserver};
 use cadre_ops::{Backend, reference::ReferenceBackend};
 use cadre_types::{LayerId, NumericsClass};
 use support::{Golden, Pocket, argmax, relative_distance, repo, table};
@@ -24,8 +24,18 @@ struct Recorder {
 }
 
 impl<B: Backend> StepObserver<B> for Recorder {
-    fn routed(&mut self, layer: LayerId, topk_idx: &[u16], topk_weights: &[f32]) {
-        self.gates.insert(layer.0, (topk_idx.to_vec(), topk_weights.to_vec()));
+    fn routed(
+        &mut self,
+        backend: &B,
+        queue: &mut B::Queue,
+        layer: LayerId,
+        topk_idx: &[u16],
+        routing: &B::Routing,
+    ) -> Result<(), ModelError> {
+        let mut weights = Vec::new();
+        backend.read_weights(queue, routing, &mut weights).unwrap();
+        self.gates.insert(layer.0, (topk_idx.to_vec(), weights));
+        Ok(())
     }
 
     fn activation(
@@ -34,13 +44,10 @@ impl<B: Backend> StepObserver<B> for Recorder {
         queue: &mut B::Queue,
         layer: LayerId,
         site: Site,
-        buffer: &B::Buffer,
+        observed: Observed<'_, B>,
         rows: usize,
     ) -> Result<(), ModelError> {
-        let mut values = Vec::new();
-        let all: Vec<usize> = (0..rows).collect();
-        backend.download_f32(queue, buffer, &all, &mut values).unwrap();
-        self.activations.insert((layer.0, site), values);
+        self.activations.insert((layer.0, site), observed.read(backend, queue, rows).unwrap());
         Ok(())
     }
 }

@@ -5,15 +5,19 @@
 
 use std::{
     collections::BTreeMap,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use cadre_ops::{
-    AttentionShape, Backend, DecodeRow, Ffn, GateShape, HostMatrix, HostRows, KvLayout, MatrixData, OpsError,
-    PrefillSegment, RowFormat, RowGroup,
+    AttentionForm, AttentionShape, Backend, ExpertChunk, ExpertRows, Ffn, GateShape, GroupScore, HostMatrix,
+    KvLayout, MatrixData, OpsError, PassLimits, PassRows, RowFormat, RowGroup, Scoring, StepRows,
+    StepSegment,
 };
-use cadre_ops_cpu::{Attention, Buffer, CpuBackend, CpuOptions, CpuQueue, KvUp, Vector, Weight};
-use cadre_types::{NumericsClass, PageId, Position};
+use cadre_ops_cpu::{
+    Attention, Buffer, CpuBackend, CpuOptions, CpuQueue, DispatchRows, KvCache, KvUp, Vector, Weight,
+};
+use cadre_types::{NumericsClass, PageId, Position, config::ScaleFormat};
 
 #[derive(Clone, Copy)]
 struct Sizes {
@@ -81,7 +85,7 @@ struct Layer {
     gate: Weight,
     bias: Vector,
     shared: Ffn<Weight>,
-    experts: Vec<Ffn<Weight>>,
+    experts: Vec<Arc<Ffn<Weight>>>,
     norm: Vector,
     q_norm: Vector,
     kv_norm: Vector,
@@ -98,7 +102,9 @@ fn bytes(seed: usize, len: usize) -> impl Iterator<Item = u8> {
 fn e4m3<T>(rows: usize, cols: usize, load: impl FnOnce(HostMatrix<'_>) -> Result<T>) -> Result<T> {
     let codes: Vec<u8> = bytes(rows * cols, rows * cols).map(|b| b & 0x9F | 0x20).collect();
     let scales = vec![0.03 / (cols as f32).sqrt() * 8.0; rows.div_ceil(128) * cols.div_ceil(128)];
-    load(HostMatrix { rows, cols, data: MatrixData::E4m3 { codes: &codes, scales: &scales } })
+    let (block, input_scales) = (MatrixData::BLOCK, ScaleFormat::F32);
+    let data = MatrixData::E4m3 { codes: &codes, scales: &scales, block, input_scales };
+    load(HostMatrix { rows, cols, data })
 }
 
 fn bf16(backend: &CpuBackend, rows: usize, cols: usize) -> Result<Weight> {
@@ -125,12 +131,16 @@ fn layer(b: &CpuBackend, s: &Sizes, shape: &AttentionShape, dense: bool) -> Resu
         gate: bf16(b, s.experts, s.hidden)?,
         bias: b.load_vector(&bias)?,
         shared: ffn(b, s.hidden, if dense { s.dense_inner } else { s.inner })?,
-        experts: (0..count).map(|_| ffn(b, s.hidden, s.inner)).collect::<Result<_>>()?,
+        experts: (0..count).map(|_| ffn(b, s.hidden, s.inner).map(Arc::new)).collect::<Result<_>>()?,
         norm: b.load_vector(&vec![1.0; s.hidden])?,
         q_norm: b.load_vector(&vec![1.0; s.q_lora])?,
         kv_norm: b.load_vector(&vec![1.0; s.kv_lora])?,
     })
 }
+
+type Step = <CpuBackend as Backend>::Step;
+type Pass = <CpuBackend as Backend>::Pass;
+type Routing = <CpuBackend as Backend>::Routing;
 
 struct Buffers {
     x: Buffer,
@@ -141,8 +151,13 @@ struct Buffers {
     kv_a: Buffer,
     attended: Buffer,
     delta: Buffer,
-    sent: Buffer,
+    sent: DispatchRows,
     expert_rows: Buffer,
+    wanted: Buffer,
+    logits: Buffer,
+    step: Step,
+    pass: Pass,
+    routing: Routing,
 }
 
 #[derive(Default)]
@@ -192,17 +207,24 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     })?;
     let table_of = |i: usize| (i * pages..(i + 1) * pages).map(|p| PageId(p as u32)).collect();
     let tables: Vec<Vec<PageId>> = (0..sequences).map(table_of).collect();
+    let activations = |cols| b.alloc_activations(rows, cols);
+    let pairs = rows * s.top_k;
     let mut buffers = Buffers {
-        x: b.alloc(rows, s.hidden)?,
-        normed: b.alloc(rows, s.hidden)?,
-        q_a: b.alloc(rows, s.q_lora)?,
-        q_a_normed: b.alloc(rows, s.q_lora)?,
-        q: b.alloc(rows, s.heads * (s.nope + s.rope))?,
-        kv_a: b.alloc(rows, s.kv_lora + s.rope)?,
-        attended: b.alloc(rows, s.heads * s.v)?,
-        delta: b.alloc(rows, s.hidden)?,
-        sent: b.alloc(rows * s.top_k, s.hidden)?,
-        expert_rows: b.alloc(rows * s.top_k, s.hidden)?,
+        x: b.alloc_residual(rows, s.hidden)?,
+        normed: activations(s.hidden)?,
+        q_a: activations(s.q_lora)?,
+        q_a_normed: activations(s.q_lora)?,
+        q: activations(s.heads * (s.nope + s.rope))?,
+        kv_a: activations(s.kv_lora + s.rope)?,
+        attended: activations(s.heads * s.v)?,
+        delta: activations(s.hidden)?,
+        sent: b.alloc_rows(rows, s.hidden)?,
+        expert_rows: b.alloc_activations(pairs, s.hidden)?,
+        wanted: b.alloc_residual(rows, s.hidden)?,
+        logits: b.alloc_logits(rows, s.vocab)?,
+        step: b.alloc_step(rows)?,
+        pass: b.alloc_pass(PassLimits { rows, pairs })?,
+        routing: b.alloc_routing(rows, s.top_k)?,
     };
     let network = Network { s, b: &b, layers, table, head, attention, tables, context, rows, decode };
     let mut queue = b.queue()?;
@@ -238,20 +260,26 @@ struct Network<'a> {
 }
 
 impl Network<'_> {
-    fn step(
-        &self,
-        q: &mut CpuQueue,
-        f: &mut Buffers,
-        cache: &mut cadre_ops_cpu::KvCache,
-        c: &mut Clock,
-    ) -> Result<()> {
+    fn begin(&self, q: &mut CpuQueue, step: &mut Step) -> Result<usize> {
+        let (rows, position) = (self.rows, self.context as Position);
+        let ids: Vec<u32> = (0..rows).map(|i| (i * 37 % self.s.vocab) as u32).collect();
+        let segment =
+            |form, rows, table| StepSegment { form, rows, first_position: position, block_table: table };
+        let tables = self.tables.iter();
+        let segments: Vec<StepSegment<'_>> = match self.decode {
+            true => tables.map(|table| segment(AttentionForm::Absorbed, 1, &table[..])).collect(),
+            false => vec![segment(AttentionForm::Naive, rows, &self.tables[0][..])],
+        };
+        let wanted: Vec<u32> = if self.decode { (0..rows as u32).collect() } else { vec![rows as u32 - 1] };
+        self.b.begin_step(q, &StepRows { ids: &ids, segments: &segments, wanted: &wanted }, step)?;
+        Ok(wanted.len())
+    }
+
+    fn step(&self, q: &mut CpuQueue, f: &mut Buffers, cache: &mut KvCache, c: &mut Clock) -> Result<()> {
         let (s, b, rows) = (&self.s, self.b, self.rows);
-        let ids: Vec<u32> = (0..rows).map(|i| (i * 37 % s.vocab) as u32).collect();
-        let position = |i: usize| (self.context + if self.decode { 0 } else { i }) as Position;
-        let positions: Vec<Position> = (0..rows).map(position).collect();
-        let table = |i: usize| &self.tables[if self.decode { i } else { 0 }][..];
-        let tables: Vec<&[PageId]> = (0..rows).map(table).collect();
         let gate = GateShape {
+            scoring: Scoring::Sigmoid,
+            group_score: GroupScore::TwoLargest,
             experts: s.experts,
             n_group: s.groups.0,
             topk_group: s.groups.1,
@@ -259,95 +287,62 @@ impl Network<'_> {
             norm_topk_prob: true,
             routed_scaling_factor: 2.5,
         };
-        c.time("embed", || b.embed(q, &self.table, &ids, &mut f.x))?;
+        let wanted = c.time("begin", || self.begin(q, &mut f.step))?;
+        c.time("embed", || b.embed(q, &f.step, &self.table, &mut f.x))?;
+        let a = &self.attention;
         for (index, l) in self.layers.iter().enumerate() {
-            c.time("norm", || b.rms_norm(q, &f.x, &l.norm, 1e-6, rows, &mut f.normed))?;
+            c.time("norm", || b.rms_norm_residual(q, &f.x, &l.norm, 1e-6, rows, &mut f.normed))?;
             c.time("q_a", || b.linear(q, &f.normed, &l.q_a, rows, &mut f.q_a))?;
             c.time("norm", || b.rms_norm(q, &f.q_a, &l.q_norm, 1e-6, rows, &mut f.q_a_normed))?;
             c.time("q_b", || b.linear(q, &f.q_a_normed, &l.q_b, rows, &mut f.q))?;
             c.time("kv_a", || b.linear(q, &f.normed, &l.kv_a, rows, &mut f.kv_a))?;
-            c.time("rope", || b.rope_query(q, &self.attention, &positions, &mut f.q))?;
-            c.time("append", || {
-                let (a, norm) = (&self.attention, &l.kv_norm);
-                b.kv_append(q, a, &f.kv_a, norm, 1e-6, &positions, &tables, index, cache)
-            })?;
-            c.time("attention", || self.attend(q, f, cache, index, &l.kv_b))?;
+            c.time("rope", || b.rope_query(q, &f.step, a, &mut f.q))?;
+            c.time("append", || b.kv_append(q, &f.step, a, &f.kv_a, &l.kv_norm, 1e-6, index, cache))?;
+            c.time("attention", || b.attend(q, &f.step, a, &l.kv_b, &f.q, index, cache, &mut f.attended))?;
             c.time("o", || b.linear(q, &f.attended, &l.o, rows, &mut f.delta))?;
             c.time("add", || b.add(q, &mut f.x, &f.delta, rows))?;
-            c.time("norm", || b.rms_norm(q, &f.x, &l.norm, 1e-6, rows, &mut f.normed))?;
+            c.time("norm", || b.rms_norm_residual(q, &f.x, &l.norm, 1e-6, rows, &mut f.normed))?;
             c.time("shared", || b.ffn(q, &f.normed, &l.shared, rows, &mut f.delta))?;
             if l.experts.is_empty() {
                 c.time("add", || b.add(q, &mut f.x, &f.delta, rows))?;
                 continue;
             }
-            let (mut idx, mut weights) = (Vec::new(), Vec::new());
-            c.time("gate", || b.gate(q, &f.normed, &l.gate, &l.bias, &gate, rows, &mut idx, &mut weights))?;
-            self.experts(q, f, l, &idx, &weights, c)?;
+            c.time("gate", || b.gate(q, &f.step, &f.normed, &l.gate, &l.bias, &gate, &mut f.routing))?;
+            self.experts(q, f, l, c)?;
         }
-        c.time("norm", || b.rms_norm(q, &f.x, &self.layers[0].norm, 1e-6, rows, &mut f.normed))?;
-        let wanted: Vec<usize> = if self.decode { (0..rows).collect() } else { vec![rows - 1] };
-        let mut logits = Vec::new();
-        c.time("logits", || b.logits(q, &f.normed, &wanted, &self.head, &mut logits))
+        let norm = &self.layers[0].norm;
+        c.time("norm", || {
+            b.gather_wanted(q, &f.step, &f.x, &mut f.wanted)?;
+            b.rms_norm_residual(q, &f.wanted, norm, 1e-6, wanted, &mut f.normed)
+        })?;
+        c.time("logits", || b.logits(q, &f.normed, &self.head, wanted, &mut f.logits))
     }
 
-    fn attend(
-        &self,
-        q: &mut CpuQueue,
-        f: &mut Buffers,
-        cache: &cadre_ops_cpu::KvCache,
-        layer: usize,
-        kv_b: &KvUp,
-    ) -> Result<()> {
-        let (a, out) = (&self.attention, &mut f.attended);
-        let position = self.context as Position;
-        if self.decode {
-            let row = |row| DecodeRow { row, position, block_table: &self.tables[row] };
-            let rows: Vec<DecodeRow<'_>> = (0..self.rows).map(row).collect();
-            return self.b.attention_decode(q, a, kv_b, &f.q, &rows, layer, cache, out);
-        }
-        let segment = PrefillSegment {
-            first_row: 0,
-            rows: self.rows,
-            first_position: position,
-            block_table: &self.tables[0],
-        };
-        self.b.attention_prefill(q, a, kv_b, &f.q, &[segment], layer, cache, out)
-    }
-
-    fn experts(
-        &self,
-        q: &mut CpuQueue,
-        f: &mut Buffers,
-        l: &Layer,
-        idx: &[u16],
-        weights: &[f32],
-        c: &mut Clock,
-    ) -> Result<()> {
+    fn experts(&self, q: &mut CpuQueue, f: &mut Buffers, l: &Layer, c: &mut Clock) -> Result<()> {
         let (s, b) = (&self.s, self.b);
-        let mut order: Vec<usize> = (0..idx.len()).collect();
-        order.sort_by_key(|pair| idx[*pair]);
-        let from: Vec<usize> = order.iter().map(|pair| pair / s.top_k).collect();
-        c.time("gather", || b.gather_rows(q, &f.normed, &from, &mut f.sent))?;
-        let (mut experts, mut groups) = (Vec::new(), Vec::<RowGroup>::new());
-        for (row, pair) in order.iter().enumerate() {
-            if row == 0 || idx[order[row - 1]] != idx[*pair] {
-                groups.push(RowGroup { expert: experts.len(), first_row: row, rows: 0 });
-                experts.push(&l.experts[usize::from(idx[*pair])]);
-            }
-            if let Some(group) = groups.last_mut() {
-                group.rows += 1;
+        let idx = b.routed(&f.routing)?;
+        let mut order: Vec<u32> = (0..idx.len() as u32).collect();
+        order.sort_by_key(|pair| idx[*pair as usize]);
+        let from: Vec<u32> = order.iter().map(|pair| pair / s.top_k as u32).collect();
+        let mut groups = Vec::<RowGroup>::new();
+        for pair in &order {
+            let expert = usize::from(idx[*pair as usize]);
+            match groups.last_mut() {
+                Some(group) if group.expert == expert => group.rows += 1,
+                _ => groups.push(RowGroup { expert, rows: 1 }),
             }
         }
-        c.time("experts", || b.grouped_ffn(q, &f.sent, &experts, &groups, &mut f.expert_rows))?;
-        let (mut data, mut scales) = (Vec::new(), Vec::new());
+        let table = b.expert_table(l.experts.clone())?;
+        c.time("encode", || b.encode(q, &f.normed, self.rows, ScaleFormat::F32, &mut f.sent))?;
+        let pass = PassRows { input: &from, output: &order, groups: &groups };
+        c.time("begin", || b.begin_pass(q, &pass, &mut f.pass))?;
+        c.time("experts", || b.grouped_ffn(q, &f.pass, &table, &f.sent, &mut f.expert_rows))?;
         let format = RowFormat::Bf16;
-        c.time("download", || b.download_rows(q, &f.expert_rows, idx.len(), format, &mut data, &mut scales))?;
-        let mut sorted = vec![0; data.len()];
-        let bytes = s.hidden * 2;
-        for (row, pair) in order.iter().enumerate() {
-            sorted[pair * bytes..(pair + 1) * bytes].copy_from_slice(&data[row * bytes..(row + 1) * bytes]);
-        }
-        let host = HostRows { format, rows: idx.len(), cols: s.hidden, data: &sorted, scales: &scales };
-        c.time("combine", || b.combine(q, host, weights, s.top_k, Some(&f.delta), self.rows, &mut f.x))
+        let mut memory = b.staging(idx.len() * format.row_bytes(s.hidden))?;
+        c.time("download", || b.download_activations(q, &f.expert_rows, 0..idx.len(), &mut memory, 0))?;
+        let targets = (0..idx.len() as u32).collect();
+        let chunks = vec![ExpertChunk { rows: bytes::Bytes::from_owner(memory), targets }];
+        let rows = ExpertRows { format, pairs: idx.len(), hidden: s.hidden, chunks };
+        c.time("combine", || b.combine(q, &rows, &f.routing, Some(&f.delta), &mut f.x))
     }
 }

@@ -8,24 +8,41 @@ mod dense;
 mod ffn;
 mod transfer;
 
-use cadre_numerics::quant;
+use std::{ops::Range, sync::Arc};
+
+use bytes::Bytes;
 use cadre_ops::{
-    AttentionShape, Backend, DecodeRow, Ffn, GateShape, HostMatrix, HostRows, HostVector, KvLayout, OpsError,
-    PrefillSegment, RowFormat, RowGroup,
+    Allocation, AttentionShape, Backend, DeviceMemory, ElementType, EncodedRows, ExpertRows, Ffn, GateShape,
+    HostMatrix, HostVector, KvLayout, OpsError, PassLimits, PassRows, RowFormat, SampleRow, StepInfo,
+    StepRows,
     check::{self, Dims},
     gate::Chooser,
+    resident::{HostPass, HostRouting, HostStep},
 };
-use cadre_types::{NumericsClass, PageId, Position, TokenId};
+use cadre_sampler::{Sample, SampleError, Sampler};
+use cadre_types::{NumericsClass, PageId, Position, config::ScaleFormat};
 
 use crate::{
     kernels::product::{Finish, Rows},
+    lanes::LANES,
     memory::{Aligned, Scratch},
     options::{CpuOptions, Isa, UnsupportedIsa},
-    packed::Weight,
+    packed::{Weight, packed_bytes},
     pool::Pool,
+    staging::{Staging, StagingPool},
+    system,
     table::Kernels,
 };
 pub use attention::{Attention, KvCache, KvUp};
+pub use transfer::DispatchRows;
+
+/// Device memory of the buffers of a pass of a shard (received rows and results), in F32: bounds its rows. At
+/// hidden 7168 a pass has 128 pairs, for which each expert's weights are read once; at hidden 2048 it has 512.
+/// Pairs are ordered by expert, so of a larger batch at most one expert per pass is read again.
+const PASS_BYTES: usize = 8 << 20;
+
+/// Passes have at least this many pairs, however wide they are.
+const LEAST_PAIRS: usize = 64;
 
 /// The CPU backend. Cheap to share behind an `Arc`; two threads may run operations at once, each on its own
 /// queue (the second computes its tasks alone while the pool is busy).
@@ -34,17 +51,18 @@ pub struct CpuBackend {
     isa: Isa,
     kernels: &'static Kernels,
     pool: Pool,
+    staging: Arc<StagingPool>,
 }
 
-/// Activations `[capacity rows, cols]` in F32, and the codes of rows that arrived quantised.
+/// An event: operations are done when their calls return, so it always is.
+#[derive(Clone, Copy, Debug)]
+pub struct Done;
+
+/// Residual stream, activations or logits `[capacity rows, cols]`, in F32.
 #[derive(Debug)]
 pub struct Buffer {
     dims: Dims,
     data: Aligned<f32>,
-    /// `[coded_rows, cols]` and `[coded_rows, blocks]`.
-    codes: Vec<u8>,
-    scales: Vec<f32>,
-    coded_rows: usize,
 }
 
 /// A vector.
@@ -54,9 +72,10 @@ pub struct Vector(Aligned<f32>);
 /// Scratch memory of a stream of operations.
 #[derive(Debug)]
 pub struct CpuQueue {
-    /// Quantised inputs and their scales.
+    /// Quantised inputs (as codes' values) and their scales; received rows as plain values.
     codes: Scratch,
     code_scales: Scratch,
+    values: Scratch,
     /// Inner activations of feed-forward blocks and their scales.
     inner: Scratch,
     inner_scales: Scratch,
@@ -66,6 +85,8 @@ pub struct CpuQueue {
     /// Gate logits.
     logits: Scratch,
     chooser: Chooser,
+    /// One per thread.
+    samplers: Vec<Sampler>,
     /// Row numbers of operations that scatter.
     rows: Vec<usize>,
 }
@@ -81,7 +102,7 @@ impl CpuBackend {
         let available = || std::thread::available_parallelism().map_or(1, |n| n.get());
         let pool = Pool::new(options.threads.unwrap_or_else(available), options.spin)?;
         tracing::debug!(%isa, threads = pool.threads(), numerics = %options.class, "CPU backend");
-        Ok(Self { class: options.class, isa, kernels, pool })
+        Ok(Self { class: options.class, isa, kernels, pool, staging: Arc::default() })
     }
 
     /// The instruction set in use.
@@ -116,7 +137,7 @@ impl CpuBackend {
 impl Buffer {
     fn new(op: &'static str, dims: Dims) -> Result<Self, OpsError> {
         let data = Aligned::zeroed(op, check::product(op, dims.rows, dims.cols)?)?;
-        Ok(Self { dims, data, codes: Vec::new(), scales: Vec::new(), coded_rows: 0 })
+        Ok(Self { dims, data })
     }
 
     fn row(&self, row: usize) -> &[f32] {
@@ -132,19 +153,9 @@ impl Buffer {
         Rows { base: self.data.as_ptr().cast_mut(), stride: self.dims.cols, index: std::ptr::null() }
     }
 
-    /// Rows to be written by kernels; codes that arrived are no longer those of the contents.
+    /// Rows to be written by kernels.
     fn output(&mut self) -> Rows {
-        self.coded_rows = 0;
         Rows { base: self.data.as_mut_ptr(), stride: self.dims.cols, index: std::ptr::null() }
-    }
-
-    /// Codes and scales of a row that arrived with them.
-    fn coded(&self, row: usize) -> Option<(&[u8], &[f32])> {
-        let (cols, blocks) = (self.dims.cols, quant::blocks(self.dims.cols));
-        (row < self.coded_rows).then(|| {
-            let codes = &self.codes[row * cols..(row + 1) * cols];
-            (codes, &self.scales[row * blocks..(row + 1) * blocks])
-        })
     }
 }
 
@@ -153,44 +164,117 @@ impl CpuQueue {
         Self {
             codes: Scratch::new(),
             code_scales: Scratch::new(),
+            values: Scratch::new(),
             inner: Scratch::new(),
             inner_scales: Scratch::new(),
             attention: Scratch::new(),
             absorbed: Scratch::new(),
             logits: Scratch::new(),
             chooser: Chooser::default(),
+            samplers: Vec::new(),
             rows: Vec::new(),
         }
     }
 }
 
 impl Backend for CpuBackend {
-    type Buffer = Buffer;
+    type Residual = Buffer;
+    type Activations = Buffer;
+    type Rows = DispatchRows;
+    type Logits = Buffer;
+    type Routing = HostRouting;
+    type Samples = Vec<Result<Sample, SampleError>>;
     type Weight = Weight;
     type Vector = Vector;
+    type ExpertTable = Vec<Arc<Ffn<Weight>>>;
     type KvCache = KvCache;
     type KvUp = KvUp;
     type Attention = Attention;
+    type Step = HostStep;
+    type Pass = HostPass;
+    type Staging = Staging;
+    type Event = Done;
     type Queue = CpuQueue;
 
     fn class(&self) -> NumericsClass {
         self.class
     }
 
+    fn name(&self) -> String {
+        "cpu".to_owned()
+    }
+
     fn describe(&self) -> String {
         format!("cpu {}, {} threads, numerics {}", self.isa, self.threads(), self.class)
+    }
+
+    fn memory(&self) -> DeviceMemory {
+        system::memory()
+    }
+
+    fn bytes_of(&self, allocation: &Allocation<'_>) -> Result<u64, OpsError> {
+        bytes_of(self, allocation)
+    }
+
+    fn pass_limits(&self, hidden: usize) -> PassLimits {
+        let pairs = pass_pairs(hidden);
+        PassLimits { rows: pairs, pairs }
+    }
+
+    fn runs_at_once(&self) -> bool {
+        true
     }
 
     fn queue(&self) -> Result<CpuQueue, OpsError> {
         Ok(CpuQueue::new())
     }
 
-    fn synchronize(&self, _: &mut CpuQueue) -> Result<(), OpsError> {
+    fn record(&self, _: &mut CpuQueue) -> Result<Done, OpsError> {
+        Ok(Done)
+    }
+
+    fn is_done(&self, _: &Done) -> Result<bool, OpsError> {
+        Ok(true)
+    }
+
+    fn wait(&self, _: &Done) -> Result<(), OpsError> {
         Ok(())
     }
 
-    fn alloc(&self, rows: usize, cols: usize) -> Result<Buffer, OpsError> {
-        Buffer::new("alloc", Dims { rows, cols })
+    fn run_after(&self, _: &mut CpuQueue, _: &Done) -> Result<(), OpsError> {
+        Ok(())
+    }
+
+    fn alloc_residual(&self, rows: usize, cols: usize) -> Result<Buffer, OpsError> {
+        Buffer::new("alloc_residual", Dims { rows, cols })
+    }
+
+    fn alloc_activations(&self, rows: usize, cols: usize) -> Result<Buffer, OpsError> {
+        Buffer::new("alloc_activations", Dims { rows, cols })
+    }
+
+    fn alloc_rows(&self, rows: usize, cols: usize) -> Result<DispatchRows, OpsError> {
+        DispatchRows::new("alloc_rows", self.class, Dims { rows, cols })
+    }
+
+    fn alloc_logits(&self, rows: usize, vocab: usize) -> Result<Buffer, OpsError> {
+        Buffer::new("alloc_logits", Dims { rows, cols: vocab })
+    }
+
+    fn alloc_routing(&self, rows: usize, top_k: usize) -> Result<HostRouting, OpsError> {
+        Ok(HostRouting::new(rows, top_k))
+    }
+
+    fn alloc_step(&self, rows: usize) -> Result<HostStep, OpsError> {
+        Ok(HostStep::new(rows))
+    }
+
+    fn alloc_pass(&self, limits: PassLimits) -> Result<HostPass, OpsError> {
+        Ok(HostPass::new(limits.pairs))
+    }
+
+    fn staging(&self, bytes: usize) -> Result<Staging, OpsError> {
+        self.staging.take(bytes)
     }
 
     fn load_matrix(&self, matrix: HostMatrix<'_>) -> Result<Weight, OpsError> {
@@ -227,6 +311,12 @@ impl Backend for CpuBackend {
         attention::load_attention(shape)
     }
 
+    fn expert_table(&self, experts: Vec<Arc<Ffn<Weight>>>) -> Result<Self::ExpertTable, OpsError> {
+        let shape = |ffn: &Arc<Ffn<Weight>>| (ffn.gate_up.dims.cols, ffn.inner, ffn.down.dims.rows);
+        check::expert_table("expert_table", experts.iter().map(shape))?;
+        Ok(experts)
+    }
+
     fn weight_bytes(&self, weight: &Weight) -> usize {
         weight.bytes()
     }
@@ -235,30 +325,48 @@ impl Backend for CpuBackend {
         attention::kv_cache(self, layout)
     }
 
+    fn begin_step(&self, _: &mut CpuQueue, rows: &StepRows<'_>, step: &mut HostStep) -> Result<(), OpsError> {
+        step.fill("begin_step", rows)
+    }
+
+    fn step_info<'s>(&self, step: &'s HostStep) -> &'s StepInfo {
+        step.info()
+    }
+
+    fn begin_pass(&self, _: &mut CpuQueue, rows: &PassRows<'_>, pass: &mut HostPass) -> Result<(), OpsError> {
+        pass.fill("begin_pass", rows)
+    }
+
     fn download_rows(
         &self,
-        queue: &mut CpuQueue,
-        x: &Buffer,
+        _: &mut CpuQueue,
+        x: &DispatchRows,
         rows: usize,
-        format: RowFormat,
-        data: &mut Vec<u8>,
-        scales: &mut Vec<u8>,
+        memory: &mut Staging,
+        at: usize,
     ) -> Result<(), OpsError> {
-        transfer::download_rows(self, queue, x, rows, format, data, scales)
+        transfer::download_rows(self, x, rows, memory.as_mut(), at)
     }
 
-    fn upload_rows(&self, _: &mut CpuQueue, rows: HostRows<'_>, y: &mut Buffer) -> Result<(), OpsError> {
-        transfer::upload_rows(self, &rows, y)
+    fn upload_rows(
+        &self,
+        _: &mut CpuQueue,
+        rows: &EncodedRows,
+        first_row: usize,
+        y: &mut DispatchRows,
+    ) -> Result<(), OpsError> {
+        transfer::upload_rows(self, &rows.as_host_rows(), first_row, y)
     }
 
-    fn download_f32(
+    fn download_activations(
         &self,
         _: &mut CpuQueue,
         x: &Buffer,
-        rows: &[usize],
-        out: &mut Vec<f32>,
+        rows: Range<usize>,
+        memory: &mut Staging,
+        at: usize,
     ) -> Result<(), OpsError> {
-        transfer::download_f32(x, rows, out)
+        transfer::download_activations(self, x, rows, memory.as_mut(), at)
     }
 
     fn kv_read(
@@ -269,9 +377,10 @@ impl Backend for CpuBackend {
         block_table: &[PageId],
         first: Position,
         count: usize,
-        out: &mut Vec<u8>,
+        memory: &mut Staging,
+        at: usize,
     ) -> Result<(), OpsError> {
-        attention::kv_read(cache, layer, block_table, first, count, out)
+        attention::kv_read(cache, layer, block_table, first, count, memory.as_mut(), at)
     }
 
     fn kv_write(
@@ -282,19 +391,61 @@ impl Backend for CpuBackend {
         block_table: &[PageId],
         first: Position,
         count: usize,
-        rows: &[u8],
+        rows: &Bytes,
     ) -> Result<(), OpsError> {
         attention::kv_write(cache, layer, block_table, first, count, rows)
+    }
+
+    fn read_activations(
+        &self,
+        _: &mut CpuQueue,
+        x: &Buffer,
+        rows: Range<usize>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), OpsError> {
+        transfer::read("read_activations", x, rows, out)
+    }
+
+    fn read_residual(
+        &self,
+        _: &mut CpuQueue,
+        x: &Buffer,
+        rows: Range<usize>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), OpsError> {
+        transfer::read("read_residual", x, rows, out)
+    }
+
+    fn read_logits(
+        &self,
+        _: &mut CpuQueue,
+        x: &Buffer,
+        rows: Range<usize>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), OpsError> {
+        transfer::read("read_logits", x, rows, out)
+    }
+
+    fn write_activations(&self, _: &mut CpuQueue, values: &[f32], y: &mut Buffer) -> Result<(), OpsError> {
+        transfer::write_activations(self, values, y)
+    }
+
+    fn write_residual(&self, _: &mut CpuQueue, values: &[f32], y: &mut Buffer) -> Result<(), OpsError> {
+        transfer::write("write_residual", values, y).map(drop)
+    }
+
+    fn write_logits(&self, _: &mut CpuQueue, values: &[f32], y: &mut Buffer) -> Result<(), OpsError> {
+        transfer::write("write_logits", values, y).map(drop)
     }
 
     fn embed(
         &self,
         _: &mut CpuQueue,
+        step: &HostStep,
         table: &Weight,
-        ids: &[TokenId],
         y: &mut Buffer,
     ) -> Result<(), OpsError> {
-        dense::embed(self, table, ids, y)
+        dense::embed(self, step, table, y)
     }
 
     fn rms_norm(
@@ -309,59 +460,34 @@ impl Backend for CpuBackend {
         dense::rms_norm(self, x, weight, eps, rows, y)
     }
 
-    fn linear(
-        &self,
-        queue: &mut CpuQueue,
-        x: &Buffer,
-        weight: &Weight,
-        rows: usize,
-        y: &mut Buffer,
-    ) -> Result<(), OpsError> {
-        dense::linear(self, queue, x, weight, rows, y)
-    }
-
-    fn logits(
-        &self,
-        queue: &mut CpuQueue,
-        x: &Buffer,
-        rows: &[usize],
-        head: &Weight,
-        out: &mut Vec<f32>,
-    ) -> Result<(), OpsError> {
-        dense::logits(self, queue, x, rows, head, out)
-    }
-
-    fn ffn(
-        &self,
-        queue: &mut CpuQueue,
-        x: &Buffer,
-        ffn: &Ffn<Weight>,
-        rows: usize,
-        y: &mut Buffer,
-    ) -> Result<(), OpsError> {
-        let group = RowGroup { expert: 0, first_row: 0, rows };
-        ffn::grouped(self, "ffn", queue, x, &[ffn], &[group], y)
-    }
-
-    fn grouped_ffn(
-        &self,
-        queue: &mut CpuQueue,
-        x: &Buffer,
-        experts: &[&Ffn<Weight>],
-        groups: &[RowGroup],
-        y: &mut Buffer,
-    ) -> Result<(), OpsError> {
-        ffn::grouped(self, "grouped_ffn", queue, x, experts, groups, y)
-    }
-
-    fn gather_rows(
+    fn rms_norm_residual(
         &self,
         _: &mut CpuQueue,
         x: &Buffer,
-        rows: &[usize],
+        weight: &Vector,
+        eps: f32,
+        rows: usize,
         y: &mut Buffer,
     ) -> Result<(), OpsError> {
-        transfer::gather_rows(x, rows, y)
+        dense::rms_norm(self, x, weight, eps, rows, y)
+    }
+
+    fn add(&self, _: &mut CpuQueue, x: &mut Buffer, delta: &Buffer, rows: usize) -> Result<(), OpsError> {
+        dense::add(self, x, delta, rows)
+    }
+
+    fn assign(&self, _: &mut CpuQueue, x: &mut Buffer, y: &Buffer, rows: usize) -> Result<(), OpsError> {
+        transfer::assign(x, y, rows)
+    }
+
+    fn gather_wanted(
+        &self,
+        _: &mut CpuQueue,
+        step: &HostStep,
+        x: &Buffer,
+        y: &mut Buffer,
+    ) -> Result<(), OpsError> {
+        transfer::gather_wanted(step, x, y)
     }
 
     fn concat(
@@ -375,88 +501,222 @@ impl Backend for CpuBackend {
         transfer::concat(a, b, rows, y)
     }
 
-    fn add(&self, _: &mut CpuQueue, x: &mut Buffer, delta: &Buffer, rows: usize) -> Result<(), OpsError> {
-        dense::add(self, x, delta, rows)
+    fn linear(
+        &self,
+        queue: &mut CpuQueue,
+        x: &Buffer,
+        weight: &Weight,
+        rows: usize,
+        y: &mut Buffer,
+    ) -> Result<(), OpsError> {
+        dense::linear(self, "linear", queue, x, weight, rows, self.finish(), y)
+    }
+
+    fn logits(
+        &self,
+        queue: &mut CpuQueue,
+        x: &Buffer,
+        head: &Weight,
+        rows: usize,
+        y: &mut Buffer,
+    ) -> Result<(), OpsError> {
+        dense::linear(self, "logits", queue, x, head, rows, Finish::Exact, y)
+    }
+
+    fn ffn(
+        &self,
+        queue: &mut CpuQueue,
+        x: &Buffer,
+        ffn: &Ffn<Weight>,
+        rows: usize,
+        y: &mut Buffer,
+    ) -> Result<(), OpsError> {
+        ffn::dense(self, queue, x, ffn, rows, y)
     }
 
     fn kv_append(
         &self,
         _: &mut CpuQueue,
+        step: &HostStep,
         attention: &Attention,
         kv_a: &Buffer,
         norm: &Vector,
         eps: f32,
-        positions: &[Position],
-        tables: &[&[PageId]],
         layer: usize,
         cache: &mut KvCache,
     ) -> Result<(), OpsError> {
-        let row = attention::AppendRow { norm: &norm.0, eps };
-        attention::kv_append(self, attention, kv_a, row, positions, tables, layer, cache)
+        let append = attention::AppendRow { norm: &norm.0, eps };
+        attention::kv_append(self, step, attention, kv_a, append, layer, cache)
     }
 
     fn rope_query(
         &self,
         _: &mut CpuQueue,
+        step: &HostStep,
         attention: &Attention,
-        positions: &[Position],
         q: &mut Buffer,
     ) -> Result<(), OpsError> {
-        attention::rope_query(self, attention, positions, q)
+        attention::rope_query(self, step, attention, q)
     }
 
-    fn attention_prefill(
+    fn attend(
         &self,
         queue: &mut CpuQueue,
+        step: &HostStep,
         attention: &Attention,
         kv_up: &KvUp,
         q: &Buffer,
-        segments: &[PrefillSegment<'_>],
         layer: usize,
         cache: &KvCache,
         out: &mut Buffer,
     ) -> Result<(), OpsError> {
-        attention::prefill(self, queue, attention, kv_up, q, segments, layer, cache, out)
-    }
-
-    fn attention_decode(
-        &self,
-        queue: &mut CpuQueue,
-        attention: &Attention,
-        kv_up: &KvUp,
-        q: &Buffer,
-        rows: &[DecodeRow<'_>],
-        layer: usize,
-        cache: &KvCache,
-        out: &mut Buffer,
-    ) -> Result<(), OpsError> {
-        attention::decode(self, queue, attention, kv_up, q, rows, layer, cache, out)
+        attention::attend(self, queue, step, attention, kv_up, q, layer, cache, out)
     }
 
     fn gate(
         &self,
         queue: &mut CpuQueue,
+        step: &HostStep,
         x: &Buffer,
         weight: &Weight,
         bias: &Vector,
         shape: &GateShape,
-        rows: usize,
-        topk_idx: &mut Vec<u16>,
-        topk_weights: &mut Vec<f32>,
+        routing: &mut HostRouting,
     ) -> Result<(), OpsError> {
-        dense::gate(self, queue, x, weight, bias, shape, rows, topk_idx, topk_weights)
+        dense::gate(self, queue, step, x, weight, bias, shape, routing)
+    }
+
+    fn routed<'r>(&self, routing: &'r HostRouting) -> Result<&'r [u16], OpsError> {
+        routing.ids()
+    }
+
+    fn read_weights(
+        &self,
+        _: &mut CpuQueue,
+        routing: &HostRouting,
+        out: &mut Vec<f32>,
+    ) -> Result<(), OpsError> {
+        out.extend_from_slice(routing.weights());
+        Ok(())
+    }
+
+    fn write_routing(
+        &self,
+        _: &mut CpuQueue,
+        topk_idx: &[u16],
+        topk_weights: &[f32],
+        routing: &mut HostRouting,
+    ) -> Result<(), OpsError> {
+        routing.write("write_routing", topk_idx, topk_weights)
+    }
+
+    fn encode(
+        &self,
+        queue: &mut CpuQueue,
+        x: &Buffer,
+        rows: usize,
+        scales: ScaleFormat,
+        y: &mut DispatchRows,
+    ) -> Result<(), OpsError> {
+        transfer::encode(self, queue, x, rows, scales == ScaleFormat::Ue8m0, y)
+    }
+
+    fn grouped_ffn(
+        &self,
+        queue: &mut CpuQueue,
+        pass: &HostPass,
+        experts: &Self::ExpertTable,
+        x: &DispatchRows,
+        y: &mut Buffer,
+    ) -> Result<(), OpsError> {
+        ffn::grouped(self, queue, pass, experts, x, y)
     }
 
     fn combine(
         &self,
-        queue: &mut CpuQueue,
-        expert_rows: HostRows<'_>,
-        topk_weights: &[f32],
-        top_k: usize,
+        _: &mut CpuQueue,
+        experts: &ExpertRows,
+        routing: &HostRouting,
         shared: Option<&Buffer>,
-        rows: usize,
         x: &mut Buffer,
     ) -> Result<(), OpsError> {
-        dense::combine(self, queue, &expert_rows, topk_weights, top_k, shared, rows, x)
+        dense::combine(self, experts, routing, shared, x)
+    }
+
+    fn sample(
+        &self,
+        queue: &mut CpuQueue,
+        logits: &mut Buffer,
+        rows: &[SampleRow<'_>],
+    ) -> Result<Self::Samples, OpsError> {
+        dense::sample(self, queue, logits, rows)
+    }
+
+    fn samples(
+        &self,
+        _: &mut CpuQueue,
+        _: &mut Buffer,
+        samples: Self::Samples,
+    ) -> Result<Vec<Result<Sample, SampleError>>, OpsError> {
+        Ok(samples)
+    }
+}
+
+/// Pairs of a pass: the largest power of two whose buffers fit [`PASS_BYTES`].
+fn pass_pairs(hidden: usize) -> usize {
+    let fitting = (PASS_BYTES / (2 * 4 * hidden.max(1))).max(LEAST_PAIRS);
+    1 << fitting.ilog2()
+}
+
+fn bytes_of(backend: &CpuBackend, allocation: &Allocation<'_>) -> Result<u64, OpsError> {
+    let panels = |rows: usize| rows.div_ceil(LANES);
+    // Refuses sizes that overflow.
+    let elements = allocation.elements("bytes_of")?;
+    Ok(match *allocation {
+        Allocation::Residual { .. }
+        | Allocation::Activations { .. }
+        | Allocation::Logits { .. }
+        | Allocation::Vector { .. }
+        | Allocation::Attention { .. } => 4 * elements,
+        Allocation::Rows { rows, cols } => match RowFormat::dispatch(backend.class) {
+            RowFormat::E4m3 => elements + 4 * (rows * RowFormat::E4m3.row_scales(cols)) as u64,
+            RowFormat::F32 | RowFormat::Bf16 => 4 * elements,
+        },
+        Allocation::Matrix { rows, cols, elements } => packed_bytes(elements, panels(rows), cols),
+        Allocation::Ffn { hidden, inner, elements } => {
+            packed_bytes(elements, 2 * panels(inner), hidden) + packed_bytes(elements, panels(hidden), inner)
+        }
+        Allocation::KvUp { shape, elements } => shape.heads as u64 * head_bytes(shape, elements),
+        Allocation::KvCache { .. } => elements * if backend.rounds() { 2 } else { 4 },
+        Allocation::StepScratch { shape, rows, hidden, inner, .. } => {
+            let threads = backend.threads() as u64;
+            attention::scratch_bytes(shape, rows as u64, threads) + 4 * (rows * (hidden + inner)) as u64
+        }
+        Allocation::PassScratch { limits, hidden, inner } => {
+            4 * (limits.rows * hidden + limits.pairs * inner) as u64
+        }
+    })
+}
+
+/// Keys, values and absorbed queries of one head.
+fn head_bytes(shape: &AttentionShape, elements: ElementType) -> u64 {
+    let panels = |rows: usize| rows.div_ceil(LANES);
+    let expand = panels(shape.nope) + panels(shape.v);
+    packed_bytes(elements, expand, shape.kv_lora) + packed_bytes(elements, panels(shape.kv_lora), shape.nope)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn a_pass_fits_its_memory() {
+        assert_eq!((pass_pairs(7168), pass_pairs(2048), pass_pairs(512)), (128, 512, 2048));
+        for hidden in [1, 130, 512, 7168, 1 << 17] {
+            let bytes = 2 * 4 * hidden * pass_pairs(hidden);
+            assert!(bytes <= PASS_BYTES || pass_pairs(hidden) == LEAST_PAIRS, "hidden {hidden}");
+        }
     }
 }

@@ -5,7 +5,7 @@
 //! like its scalar form) and instantiated per instruction set; what is split over threads is whole output
 //! elements, never a sum. `cadre_ops::reference` is what the tests compare with.
 //!
-//! Where to look: `options` what a backend is made from; `memory` aligned arrays; `pool` the threads;
+//! Where to look: `options` what a backend is made from; `memory` aligned arrays; `staging` host memory that sockets use; `pool` the threads;
 //! `packed` the layout of weights; `kernels` arithmetic; `table` one instance of the kernels per
 //! instruction set; `backend` validation and the split into tasks; [`measure`] what the machine can do.
 //!
@@ -23,8 +23,11 @@ mod memory;
 mod options;
 mod packed;
 mod pool;
+mod staging;
+mod system;
 mod table;
 
-pub use backend::{Attention, Buffer, CpuBackend, CpuQueue, KvCache, KvUp, Vector};
+pub use backend::{Attention, Buffer, CpuBackend, CpuQueue, DispatchRows, Done, KvCache, KvUp, Vector};
 pub use options::{CpuOptions, Isa, UnsupportedIsa};
 pub use packed::Weight;
+pub use staging::Staging;

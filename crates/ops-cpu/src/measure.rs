@@ -7,16 +7,15 @@
 
 use std::{
     hint::black_box,
-    sync::Barrier,
+    sync::{Arc, Barrier},
     time::{Duration, Instant},
 };
 
-use cadre_numerics::bf16;
 use cadre_ops::{
-    AttentionShape, Backend, DecodeRow, Ffn, HostMatrix, HostRows, KvLayout, MatrixData, OpsError,
-    PrefillSegment, RowFormat, RowGroup,
+    AttentionForm, AttentionShape, Backend, Ffn, HostMatrix, KvLayout, MatrixData, OpsError, PassLimits,
+    PassRows, RowGroup, StepRows, StepSegment,
 };
-use cadre_types::{NumericsClass, PageId, Position};
+use cadre_types::{NumericsClass, PageId, Position, config::ScaleFormat};
 
 use crate::{
     Buffer, CpuBackend, CpuOptions, CpuQueue, Isa, Weight, kernels::probe, memory::Aligned, table::Kernels,
@@ -147,6 +146,9 @@ pub fn kernels(class: NumericsClass, threads: usize) -> Result<(Roof, Vec<Measur
     Ok((roof, bench.rows))
 }
 
+/// A step of the backend.
+type Step = <CpuBackend as Backend>::Step;
+
 /// Element type of generated weights.
 #[derive(Clone, Copy, Debug)]
 enum Dtype {
@@ -203,12 +205,20 @@ impl Bench {
     }
 
     fn buffer(&self, rows: usize, cols: usize) -> Result<Buffer, OpsError> {
-        let mut buffer = self.backend.alloc(rows, cols)?;
+        let mut buffer = self.backend.alloc_activations(rows, cols)?;
         let value = |i: usize| ((i * 2_654_435_761) % 1000) as f32 / 1000.0 - 0.5;
-        let data: Vec<u8> = (0..rows * cols).flat_map(|i| bf16::round(value(i)).to_le_bytes()).collect();
-        let host = HostRows { format: RowFormat::F32, rows, cols, data: &data, scales: &[] };
-        self.backend.upload_rows(&mut self.backend.queue()?, host, &mut buffer)?;
+        let values: Vec<f32> = (0..rows * cols).map(value).collect();
+        self.backend.write_activations(&mut self.backend.queue()?, &values, &mut buffer)?;
         Ok(buffer)
+    }
+
+    /// A step of the given segments.
+    fn step(&self, queue: &mut CpuQueue, segments: &[StepSegment<'_>]) -> Result<Step, OpsError> {
+        let rows = segments.iter().map(|segment| segment.rows).sum();
+        let mut step = self.backend.alloc_step(rows)?;
+        let ids = vec![0; rows];
+        self.backend.begin_step(queue, &StepRows { ids: &ids, segments, wanted: &[] }, &mut step)?;
+        Ok(step)
     }
 
     fn linear(
@@ -220,7 +230,7 @@ impl Bench {
         k: usize,
     ) -> Result<(), OpsError> {
         let weight = matrix(dtype, n, k, |host| self.backend.load_matrix(host))?;
-        let (x, mut y) = (self.buffer(m, k)?, self.backend.alloc(m, n)?);
+        let (x, mut y) = (self.buffer(m, k)?, self.backend.alloc_activations(m, n)?);
         let mut queue = self.backend.queue()?;
         let seconds = self.time(|| self.backend.linear(&mut queue, &x, &weight, m, &mut y))?;
         let work = match m {
@@ -238,23 +248,28 @@ impl Bench {
         inner: usize,
         group_rows: &[usize],
     ) -> Result<(), OpsError> {
-        let load = |_: &usize| ffn(&self.backend, hidden, inner);
+        let load = |_: &usize| ffn(&self.backend, hidden, inner).map(Arc::new);
         let experts = group_rows.iter().map(load).collect::<Result<Vec<_>, _>>()?;
-        let experts: Vec<_> = experts.iter().collect();
-        let mut rows = 0;
-        let mut groups = Vec::new();
-        for (expert, count) in group_rows.iter().enumerate() {
-            groups.push(RowGroup { expert, first_row: rows, rows: *count });
-            rows += count;
-        }
-        let (x, mut y) = (self.buffer(rows, hidden)?, self.backend.alloc(rows, hidden)?);
-        let mut queue = self.backend.queue()?;
-        let seconds = self.time(|| self.backend.grouped_ffn(&mut queue, &x, &experts, &groups, &mut y))?;
-        let bytes = |ffn: &&Ffn<Weight>| {
+        let bytes = |ffn: &Arc<Ffn<Weight>>| {
             self.backend.weight_bytes(&ffn.gate_up) + self.backend.weight_bytes(&ffn.down)
         };
+        let expert_bytes = experts.iter().map(bytes).sum();
+        let table = self.backend.expert_table(experts)?;
+        let groups: Vec<RowGroup> =
+            group_rows.iter().enumerate().map(|(expert, &rows)| RowGroup { expert, rows }).collect();
+        let rows: usize = group_rows.iter().sum();
+        let mut queue = self.backend.queue()?;
+        let x = self.buffer(rows, hidden)?;
+        let mut sent = self.backend.alloc_rows(rows, hidden)?;
+        self.backend.encode(&mut queue, &x, rows, ScaleFormat::F32, &mut sent)?;
+        let pairs: Vec<u32> = (0..rows as u32).collect();
+        let mut pass = self.backend.alloc_pass(PassLimits { rows, pairs: rows })?;
+        let described = PassRows { input: &pairs, output: &pairs, groups: &groups };
+        self.backend.begin_pass(&mut queue, &described, &mut pass)?;
+        let mut y = self.backend.alloc_activations(rows, hidden)?;
+        let seconds = self.time(|| self.backend.grouped_ffn(&mut queue, &pass, &table, &sent, &mut y))?;
         let work = match group_rows[0] {
-            0..=4 => Work::Bytes(experts.iter().map(bytes).sum()),
+            0..=4 => Work::Bytes(expert_bytes),
             _ => Work::Flop(6 * rows * hidden * inner),
         };
         let shape = format!("{} experts of {hidden} x {inner}, {} rows each", groups.len(), group_rows[0]);
@@ -263,7 +278,7 @@ impl Bench {
     }
 
     fn norm(&mut self, name: &'static str, rows: usize, cols: usize) -> Result<(), OpsError> {
-        let (x, mut y) = (self.buffer(rows, cols)?, self.backend.alloc(rows, cols)?);
+        let (x, mut y) = (self.buffer(rows, cols)?, self.backend.alloc_activations(rows, cols)?);
         let weight = self.backend.load_vector(&vec![1.0; cols])?;
         let mut queue = self.backend.queue()?;
         let seconds = self.time(|| self.backend.rms_norm(&mut queue, &x, &weight, 1e-6, rows, &mut y))?;
@@ -291,13 +306,17 @@ impl Bench {
         let mut cache = self.backend.kv_cache(layout)?;
         let norm = self.backend.load_vector(&vec![1.0; shape.kv_lora])?;
         let kv_a = self.buffer(tokens, shape.kv_lora + shape.rope)?;
-        let positions: Vec<Position> = (0..tokens as Position).collect();
         let table = |s: usize| (s * pages..(s + 1) * pages).map(|p| PageId(p as u32)).collect();
         let tables: Vec<Vec<PageId>> = (0..sequences).map(table).collect();
         for table in &tables {
-            let tables = vec![&table[..]; tokens];
-            self.backend
-                .kv_append(queue, &attention, &kv_a, &norm, 1e-6, &positions, &tables, 0, &mut cache)?;
+            let segment = StepSegment {
+                form: AttentionForm::Naive,
+                rows: tokens,
+                first_position: 0,
+                block_table: table,
+            };
+            let step = self.step(queue, &[segment])?;
+            self.backend.kv_append(queue, &step, &attention, &kv_a, &norm, 1e-6, 0, &mut cache)?;
         }
         Ok((attention, cache, tables))
     }
@@ -313,15 +332,17 @@ impl Bench {
         let (attention, cache, tables) = self.cached(&mut queue, shape, sequences, tokens)?;
         let kv_up = self.kv_up(shape)?;
         let q = self.buffer(sequences, shape.heads * (shape.nope + shape.rope))?;
-        let mut out = self.backend.alloc(sequences, shape.heads * shape.v)?;
-        let rows: Vec<DecodeRow<'_>> = tables
-            .iter()
-            .enumerate()
-            .map(|(row, table)| DecodeRow { row, position: tokens as Position - 1, block_table: table })
-            .collect();
-        let seconds = self.time(|| {
-            self.backend.attention_decode(&mut queue, &attention, &kv_up, &q, &rows, 0, &cache, &mut out)
-        })?;
+        let mut out = self.backend.alloc_activations(sequences, shape.heads * shape.v)?;
+        let segment = |table| StepSegment {
+            form: AttentionForm::Absorbed,
+            rows: 1,
+            first_position: tokens as Position - 1,
+            block_table: table,
+        };
+        let segments: Vec<StepSegment<'_>> = tables.iter().map(|table| segment(&table[..])).collect();
+        let step = self.step(&mut queue, &segments)?;
+        let seconds = self
+            .time(|| self.backend.attend(&mut queue, &step, &attention, &kv_up, &q, 0, &cache, &mut out))?;
         let core = tokens * (2 * shape.kv_lora + shape.rope);
         let absorb = shape.kv_lora * (shape.nope + shape.v);
         let work = Work::Flop(2 * sequences * shape.heads * (core + absorb));
@@ -340,21 +361,16 @@ impl Bench {
         let (attention, cache, tables) = self.cached(&mut queue, shape, 1, tokens)?;
         let kv_up = self.kv_up(shape)?;
         let q = self.buffer(tokens, shape.heads * (shape.nope + shape.rope))?;
-        let mut out = self.backend.alloc(tokens, shape.heads * shape.v)?;
-        let segment =
-            PrefillSegment { first_row: 0, rows: tokens, first_position: 0, block_table: &tables[0] };
-        let seconds = self.time(|| {
-            self.backend.attention_prefill(
-                &mut queue,
-                &attention,
-                &kv_up,
-                &q,
-                &[segment],
-                0,
-                &cache,
-                &mut out,
-            )
-        })?;
+        let mut out = self.backend.alloc_activations(tokens, shape.heads * shape.v)?;
+        let segment = StepSegment {
+            form: AttentionForm::Naive,
+            rows: tokens,
+            first_position: 0,
+            block_table: &tables[0],
+        };
+        let step = self.step(&mut queue, &[segment])?;
+        let seconds = self
+            .time(|| self.backend.attend(&mut queue, &step, &attention, &kv_up, &q, 0, &cache, &mut out))?;
         let pairs = tokens * (tokens + 1) / 2 * (shape.nope + shape.rope + shape.v);
         let expand = tokens * shape.kv_lora * (shape.nope + shape.v);
         let work = Work::Flop(2 * shape.heads * (pairs + expand));
@@ -395,7 +411,16 @@ fn matrix<T>(
         Dtype::E4m3 => {
             let codes: Vec<u8> = (0..rows * cols).map(|i| byte(i) & 0x9F | 0x20).collect();
             let scales = vec![0.01; rows.div_ceil(128) * cols.div_ceil(128)];
-            load(HostMatrix { rows, cols, data: MatrixData::E4m3 { codes: &codes, scales: &scales } })
+            load(HostMatrix {
+                rows,
+                cols,
+                data: MatrixData::E4m3 {
+                    codes: &codes,
+                    scales: &scales,
+                    block: MatrixData::BLOCK,
+                    input_scales: ScaleFormat::F32,
+                },
+            })
         }
         Dtype::Bf16 => {
             let code = |i: usize| [byte(i), 0x3C | byte(i + 1) & 0x80];

@@ -20,7 +20,8 @@
 //! of the same 16 inner channels.
 
 use cadre_numerics::{BLOCK, bf16, e4m3, linear::Blocks, quant};
-use cadre_ops::{HostMatrix, MatrixData, OpsError, check::Dims};
+use cadre_ops::{ElementType, HostMatrix, MatrixData, OpsError, check::Dims};
+use cadre_types::config::ScaleFormat;
 
 use crate::{lanes::LANES, memory::Aligned, pool::Pool};
 
@@ -52,12 +53,25 @@ impl Format {
     }
 
     fn of(data: &MatrixData<'_>) -> Self {
-        match data {
-            MatrixData::F32(_) => Self::F32,
-            MatrixData::Bf16(_) => Self::Bf16,
-            MatrixData::E4m3 { .. } => Self::E4m3,
+        data.element_type().into()
+    }
+}
+
+impl From<ElementType> for Format {
+    fn from(elements: ElementType) -> Self {
+        match elements {
+            ElementType::F32 => Self::F32,
+            ElementType::Bf16 => Self::Bf16,
+            ElementType::E4m3 => Self::E4m3,
         }
     }
+}
+
+/// Bytes of `panels` panels over `cols` of the reduction, scales of whole panels included.
+pub(crate) fn packed_bytes(elements: ElementType, panels: usize, cols: usize) -> u64 {
+    let (format, blocks) = (Format::from(elements), Blocks::aligned(cols));
+    let scales = if format == Format::E4m3 { 4 * blocks.count() } else { 0 };
+    panels as u64 * (quads(blocks, blocks.count()) * format.quad_bytes() + scales) as u64
 }
 
 /// Panels of a group.
@@ -87,6 +101,8 @@ pub struct Weight {
     /// e4m3 only: `[panels, blocks]`, or `[panels, blocks, 16]` with `lane_scales`.
     pub(crate) scales: Aligned<f32>,
     pub(crate) lane_scales: bool,
+    /// Whether scales of a quantised input are powers of two.
+    pub(crate) powers_of_two: bool,
 }
 
 /// One output of a packed matrix: where its weights come from.
@@ -227,7 +243,20 @@ impl Weight {
                 }
             }
         }
-        Ok(Self { dims, format, arrangement, blocks, panels, panel_bytes, data, scales, lane_scales })
+        let powers_of_two =
+            matches!(first.matrix.data, MatrixData::E4m3 { input_scales: ScaleFormat::Ue8m0, .. });
+        Ok(Self {
+            dims,
+            format,
+            arrangement,
+            blocks,
+            panels,
+            panel_bytes,
+            data,
+            scales,
+            lane_scales,
+            powers_of_two,
+        })
     }
 
     fn empty(
@@ -246,6 +275,7 @@ impl Weight {
             data: Aligned::zeroed(op, 0)?,
             scales: Aligned::zeroed(op, 0)?,
             lane_scales: false,
+            powers_of_two: false,
         })
     }
 
@@ -353,6 +383,10 @@ mod tests {
 
     use super::*;
 
+    fn e4m3<'a>(codes: &'a [u8], scales: &'a [f32]) -> MatrixData<'a> {
+        MatrixData::E4m3 { codes, scales, block: MatrixData::BLOCK, input_scales: ScaleFormat::F32 }
+    }
+
     fn pool() -> Pool {
         Pool::new(1, std::time::Duration::ZERO).unwrap()
     }
@@ -366,7 +400,7 @@ mod tests {
             let codes: Vec<u8> = values.iter().map(|v| e4m3::encode(*v)).collect();
             let blocks = quant::blocks(rows) * quant::blocks(cols);
             let scales: Vec<f32> = (0..blocks).map(|i| 0.5 + i as f32).collect();
-            let e4m3s = MatrixData::E4m3 { codes: &codes, scales: &scales };
+            let e4m3s = e4m3(&codes, &scales);
             for data in [MatrixData::F32(&f32s), MatrixData::Bf16(&bf16s), e4m3s] {
                 let matrix = HostMatrix { rows, cols, data };
                 let packed = Weight::pack("test", &pool(), &matrix).unwrap();
@@ -394,7 +428,7 @@ mod tests {
     fn a_slice_that_straddles_scale_rows_has_a_scale_per_lane() {
         let (rows, cols) = (260, 100);
         let codes = vec![e4m3::encode(1.0); rows * cols];
-        let data = MatrixData::E4m3 { codes: &codes, scales: &[1.0, 2.0, 3.0] };
+        let data = e4m3(&codes, &[1.0, 2.0, 3.0]);
         let matrix = HostMatrix { rows, cols, data };
         let packed = Weight::pack_rows("test", &pool(), &matrix, 120, 20).unwrap();
         assert!(packed.lane_scales);
@@ -412,7 +446,7 @@ mod tests {
     fn a_transpose_ends_its_blocks_with_the_row_blocks() {
         let (rows, cols) = (200, 20);
         let codes: Vec<u8> = (0..rows * cols).map(|i| (i % 100) as u8).collect();
-        let data = MatrixData::E4m3 { codes: &codes, scales: &[1.0, 2.0] };
+        let data = e4m3(&codes, &[1.0, 2.0]);
         let matrix = HostMatrix { rows, cols, data };
         let packed = Weight::pack_transposed("test", &pool(), &matrix, 100, 64).unwrap();
         assert_eq!(packed.dims, Dims { rows: cols, cols: 64 });

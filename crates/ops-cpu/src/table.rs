@@ -58,7 +58,7 @@ kernels! {
     /// RMSNorm of one row.
     rms_norm = rows::rms_norm(x: *const f32, weight: *const f32, eps: f32, cols: usize, round: bool, y: *mut f32);
     /// Activation quantiser of one row.
-    quantise = rows::quantise(x: *const f32, cols: usize, y: *mut f32, scales: *mut f32);
+    quantise = rows::quantise(x: *const f32, cols: usize, powers_of_two: bool, y: *mut f32, scales: *mut f32);
     /// Codes of one row of e4m3 values.
     encode_e4m3 = rows::encode_e4m3(from: *const f32, cols: usize, to: *mut u8);
     /// Sigmoid of one row.

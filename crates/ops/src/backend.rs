@@ -1,17 +1,37 @@
 //! The backend trait.
 //!
-//! Conventions: activations are row-major `[rows, cols]` in a [`Backend::Buffer`] of logical element
-//! type F32 (a backend may store a class's rounded values more tightly); `rows` arguments say how many
-//! leading rows take part, so one buffer serves batches of every size up to its capacity. Outputs are
-//! separate buffers; none aliases an input. Every method validates its shapes against the buffers and
-//! returns [`OpsError::Shape`] instead of panicking. Rounding points per class are in docs/numerics.md.
+//! **Order.** Operations on one queue run in the order given. A call may return before its work is done: what
+//! it reads and writes is then the device's until an [`Backend::Event`] recorded later on that queue is done.
+//! Whatever memory a call names (buffers, weights, [`Bytes`], staging) may be dropped or overwritten by
+//! *later operations of the same queue* at once; the backend keeps what its device still needs. Only methods
+//! that say *waits* wait for the device.
+//!
+//! **Kinds of buffers.** [`Backend::Residual`] is F32 and never rounded; [`Backend::Activations`] hold values
+//! rounded to the class's activation type (and, if the backend likes, their e4m3 codes beside them);
+//! [`Backend::Rows`] hold rows in [`RowFormat::dispatch`] of the class, as they travel to experts;
+//! [`Backend::Logits`] are F32. All are row-major `[capacity rows, cols]`; `rows` arguments say how many
+//! leading rows take part, so one buffer serves batches of every size up to its capacity. Outputs are separate
+//! buffers; none aliases an input.
+//!
+//! **Refusals.** Every method validates its shapes against the buffers and returns [`OpsError::Shape`] or
+//! [`OpsError::Range`] instead of panicking (`check` has the shared words). Rounding points per class are in
+//! docs/numerics.md.
 
-use cadre_types::{NumericsClass, PageId, Position, TokenId};
+use std::{ops::Range, sync::Arc};
+
+use bytes::Bytes;
+use cadre_sampler::{Sample, SampleError};
+use cadre_types::{NumericsClass, PageId, Position, config::ScaleFormat};
 
 use crate::{
-    host::{HostMatrix, HostRows, HostVector, RowFormat},
-    shape::{AttentionShape, DecodeRow, GateShape, KvLayout, PrefillSegment, RowGroup},
+    exchange::ExpertRows,
+    host::{EncodedRows, HostMatrix, HostMemory, HostVector},
+    plan::{Allocation, DeviceMemory, PassLimits},
+    shape::{AttentionShape, GateShape, KvLayout},
+    step::{PassRows, SampleRow, StepInfo, StepRows},
 };
+
+pub use crate::error::OpsError;
 
 /// Three matrices of a feed-forward block, resident on the device: `down(silu(gate(x)) * up(x))`.
 #[derive(Debug)]
@@ -26,44 +46,124 @@ pub struct Ffn<W> {
 
 /// A device that can run the network.
 pub trait Backend: Send + Sync + 'static {
-    /// Device memory for activations, `[capacity rows, cols]`.
-    type Buffer: Send;
+    /// The residual stream: F32, never rounded.
+    type Residual: Send;
+    /// Values rounded to the class's activation type.
+    type Activations: Send;
+    /// Rows in the dispatch format of the class (F32; bf16; e4m3 codes and F32 scales per 128 columns).
+    type Rows: Send;
+    /// Output logits, F32.
+    type Logits: Send;
+    /// Chosen experts and weights of a step's rows, on the device and (after [`Backend::routed`]) on the host.
+    type Routing: Send;
+    /// Tokens drawn by [`Backend::sample`], perhaps not yet.
+    type Samples: Send;
     /// A matrix resident on the device, in the backend's own packing.
     type Weight: Send + Sync;
     /// A vector resident on the device.
     type Vector: Send + Sync;
+    /// The experts of a layer that a shard holds, by slot, ready to be chosen from on the device.
+    type ExpertTable: Send + Sync;
     /// The latent cache: every layer's pages.
     type KvCache: Send;
     /// kv_b in the forms that attention needs (expanding for prefill, absorbed for decode).
     type KvUp: Send + Sync;
-    /// Rotary tables and attention scratch for one [`AttentionShape`].
+    /// Rotary tables for one [`AttentionShape`].
     type Attention: Send + Sync;
-    /// An ordered stream of operations.
+    /// Ids, positions, segments, block tables and wanted rows of one step, on the device.
+    type Step: Send;
+    /// Which received rows go through which experts in one pass of a shard, on the device.
+    type Pass: Send;
+    /// Host memory that the device reads and writes (pinned, on a GPU) and sockets too. Made into [`Bytes`]
+    /// without a copy by `Bytes::from_owner`; goes back to the backend when the last of those is dropped.
+    /// Looking at it waits until transfers into it are done; ask an event first to avoid that.
+    type Staging: HostMemory;
+    /// A point in a queue.
+    type Event: Send + Sync;
+    /// An ordered stream of operations, and scratch memory of their own.
     type Queue: Send;
+
+    // --- the device -------------------------------------------------------------------------------
 
     /// The numerics class that this backend was made for.
     fn class(&self) -> NumericsClass;
 
+    /// Short name of the device for status and metrics: `cpu`, `NVIDIA H200`.
+    fn name(&self) -> String;
+
     /// One line for logs: device, instruction set, threads.
     fn describe(&self) -> String;
 
-    /// Opens a queue. Operations on one queue run in the order given.
+    /// Memory of the device now.
+    fn memory(&self) -> DeviceMemory;
+
+    /// Bytes of device memory that an allocation will take, padding and packing included: what a plan made
+    /// before loading adds up.
+    fn bytes_of(&self, allocation: &Allocation<'_>) -> Result<u64, OpsError>;
+
+    /// How large a pass of a shard over rows of this width may be. More is cut into passes.
+    fn pass_limits(&self, hidden: usize) -> PassLimits;
+
+    /// Whether operations are done when their calls return. Who drives such a backend sends rows away before
+    /// it asks for more computing; who drives a device queues the computing first and then waits.
+    fn runs_at_once(&self) -> bool;
+
+    // --- queues and events ------------------------------------------------------------------------
+
+    /// Opens a queue.
     fn queue(&self) -> Result<Self::Queue, OpsError>;
 
-    /// Waits until everything on the queue is done, and reports what failed asynchronously.
-    fn synchronize(&self, queue: &mut Self::Queue) -> Result<(), OpsError>;
+    /// An event that is done when everything on the queue so far is.
+    fn record(&self, queue: &mut Self::Queue) -> Result<Self::Event, OpsError>;
 
-    // --- memory ---------------------------------------------------------------------------------
+    /// Whether an event is done; an error if what it stands for failed.
+    fn is_done(&self, event: &Self::Event) -> Result<bool, OpsError>;
 
-    /// Device memory for `rows x cols` activations.
-    fn alloc(&self, rows: usize, cols: usize) -> Result<Self::Buffer, OpsError>;
+    /// Waits for an event; an error if what it stands for failed.
+    fn wait(&self, event: &Self::Event) -> Result<(), OpsError>;
+
+    /// What is given to `queue` from here on runs after the event (of any queue of this backend).
+    fn run_after(&self, queue: &mut Self::Queue, event: &Self::Event) -> Result<(), OpsError>;
+
+    /// Waits until everything on the queue is done, and reports what failed.
+    fn synchronize(&self, queue: &mut Self::Queue) -> Result<(), OpsError> {
+        let event = self.record(queue)?;
+        self.wait(&event)
+    }
+
+    // --- memory -----------------------------------------------------------------------------------
+
+    /// A zeroed residual stream.
+    fn alloc_residual(&self, rows: usize, cols: usize) -> Result<Self::Residual, OpsError>;
+
+    /// Zeroed activations.
+    fn alloc_activations(&self, rows: usize, cols: usize) -> Result<Self::Activations, OpsError>;
+
+    /// Room for rows in the dispatch format.
+    fn alloc_rows(&self, rows: usize, cols: usize) -> Result<Self::Rows, OpsError>;
+
+    /// Room for logits.
+    fn alloc_logits(&self, rows: usize, vocab: usize) -> Result<Self::Logits, OpsError>;
+
+    /// Room for the routing of this many rows.
+    fn alloc_routing(&self, rows: usize, top_k: usize) -> Result<Self::Routing, OpsError>;
+
+    /// Room for a step of at most this many rows. Block tables may grow it at [`Self::begin_step`].
+    fn alloc_step(&self, rows: usize) -> Result<Self::Step, OpsError>;
+
+    /// Room for a pass within limits.
+    fn alloc_pass(&self, limits: PassLimits) -> Result<Self::Pass, OpsError>;
+
+    /// Host memory of exactly `bytes` bytes with any contents, from a pool: what earlier users gave back is used
+    /// again.
+    fn staging(&self, bytes: usize) -> Result<Self::Staging, OpsError>;
 
     /// Packs a matrix for [`Self::linear`]. Refuses NaN codes, BF16 and F32 elements that are not finite, and
-    /// scales that are not finite and positive (or overflow when multiplied with 2^8).
+    /// scales that are not finite and positive (or overflow when multiplied with 2^8). Waits.
     fn load_matrix(&self, matrix: HostMatrix<'_>) -> Result<Self::Weight, OpsError>;
 
     /// Packs gate_proj `[inner, hidden]`, up_proj `[inner, hidden]` and down_proj `[hidden, inner]`; gate_proj and
-    /// up_proj have the same element type.
+    /// up_proj have the same element type. Waits.
     fn load_ffn(
         &self,
         gate: HostMatrix<'_>,
@@ -71,57 +171,89 @@ pub trait Backend: Send + Sync + 'static {
         down: HostMatrix<'_>,
     ) -> Result<Ffn<Self::Weight>, OpsError>;
 
-    /// A vector of finite values.
+    /// A vector of finite values. Waits.
     fn load_vector(&self, vector: HostVector<'_>) -> Result<Self::Vector, OpsError>;
 
-    /// kv_b_proj `[heads * (nope + v), kv_lora]`: per head `nope` key rows, then `v` value rows.
+    /// kv_b_proj `[heads * (nope + v), kv_lora]`: per head `nope` key rows, then `v` value rows. Waits.
     fn load_kv_up(&self, shape: &AttentionShape, kv_b: HostMatrix<'_>) -> Result<Self::KvUp, OpsError>;
 
-    /// Rotary tables for a shape.
+    /// Rotary tables for a shape. Waits.
     fn load_attention(&self, shape: &AttentionShape) -> Result<Self::Attention, OpsError>;
+
+    /// A table of experts of one shape (it may be empty). Waits.
+    fn expert_table(&self, experts: Vec<Arc<Ffn<Self::Weight>>>) -> Result<Self::ExpertTable, OpsError>;
 
     /// Bytes that a packed matrix occupies on the device.
     fn weight_bytes(&self, weight: &Self::Weight) -> usize;
 
     /// A zeroed latent cache. Elements are [`RowFormat::combine`] of the class.
+    ///
+    /// [`RowFormat::combine`]: crate::RowFormat::combine
     fn kv_cache(&self, layout: KvLayout) -> Result<Self::KvCache, OpsError>;
 
-    // --- host transfers (each synchronises the queue) -----------------------------------------------
+    // --- a step, a pass ---------------------------------------------------------------------------
 
-    /// Encodes rows `0..rows` of `x` into `data` and `scales` (cleared first). With [`RowFormat::E4m3`] the
-    /// published quantiser is applied (spec §7): per row and 128 columns `s = max(amax, 1e-4) / 448`; a row that
-    /// arrived with codes is sent on with those.
+    /// Puts a step on the device: once, whatever the number of layers. Refuses rows that do not add up, block
+    /// tables that do not reach their positions, and two rows with one place in the cache.
+    fn begin_step(
+        &self,
+        queue: &mut Self::Queue,
+        rows: &StepRows<'_>,
+        step: &mut Self::Step,
+    ) -> Result<(), OpsError>;
+
+    /// What the host knows of a step.
+    fn step_info<'s>(&self, step: &'s Self::Step) -> &'s StepInfo;
+
+    /// Puts a pass on the device.
+    fn begin_pass(
+        &self,
+        queue: &mut Self::Queue,
+        rows: &PassRows<'_>,
+        pass: &mut Self::Pass,
+    ) -> Result<(), OpsError>;
+
+    // --- transfers ----------------------------------------------------------------------------------
+
+    /// Copies the leading rows to `memory`, laid out as [`RowLayout::of`] the class's dispatch format from
+    /// byte `at` on.
+    ///
+    /// [`RowLayout::of`]: crate::host::RowLayout::of
     fn download_rows(
         &self,
         queue: &mut Self::Queue,
-        x: &Self::Buffer,
+        x: &Self::Rows,
         rows: usize,
-        format: RowFormat,
-        data: &mut Vec<u8>,
-        scales: &mut Vec<u8>,
+        memory: &mut Self::Staging,
+        at: usize,
     ) -> Result<(), OpsError>;
 
-    /// Decodes rows into `y`. For [`RowFormat::E4m3`] the buffer remembers codes and scales, so that a
-    /// following quantised matrix product uses exactly the sender's codes.
+    /// Puts rows that arrived at rows `first_row..` of `y`. The codes and scales are used as they came.
     fn upload_rows(
         &self,
         queue: &mut Self::Queue,
-        rows: HostRows<'_>,
-        y: &mut Self::Buffer,
+        rows: &EncodedRows,
+        first_row: usize,
+        y: &mut Self::Rows,
     ) -> Result<(), OpsError>;
 
-    /// Copies F32 values of the given rows to the host: `out` becomes `[rows.len(), cols]`.
-    fn download_f32(
+    /// Copies rows, encoded in [`RowFormat::combine`] of the class, to `memory` from byte `at` on.
+    ///
+    /// [`RowFormat::combine`]: crate::RowFormat::combine
+    fn download_activations(
         &self,
         queue: &mut Self::Queue,
-        x: &Self::Buffer,
-        rows: &[usize],
-        out: &mut Vec<f32>,
+        x: &Self::Activations,
+        rows: Range<usize>,
+        memory: &mut Self::Staging,
+        at: usize,
     ) -> Result<(), OpsError>;
 
     /// Reads cached rows (`c` then `k_pe`, [`RowFormat::combine`] of the class) of positions
-    /// `first..first + count` of a sequence in one layer, for hand-off; appended to `out`.
-    #[allow(clippy::too_many_arguments, reason = "a range of a sequence in a layer of a cache")]
+    /// `first..first + count` of a sequence in one layer into `memory` from byte `at` on, for hand-off.
+    ///
+    /// [`RowFormat::combine`]: crate::RowFormat::combine
+    #[allow(clippy::too_many_arguments, reason = "a range of a sequence in a layer of a cache, and a place")]
     fn kv_read(
         &self,
         queue: &mut Self::Queue,
@@ -130,7 +262,8 @@ pub trait Backend: Send + Sync + 'static {
         block_table: &[PageId],
         first: Position,
         count: usize,
-        out: &mut Vec<u8>,
+        memory: &mut Self::Staging,
+        at: usize,
     ) -> Result<(), OpsError>;
 
     /// Writes rows that [`Self::kv_read`] of a peer produced.
@@ -143,51 +276,166 @@ pub trait Backend: Send + Sync + 'static {
         block_table: &[PageId],
         first: Position,
         count: usize,
-        rows: &[u8],
+        rows: &Bytes,
     ) -> Result<(), OpsError>;
 
-    // --- network operations ---------------------------------------------------------------------------
+    /// Values of rows, appended to `out`. Waits: for observers, tests, and the few values that leave a step.
+    fn read_activations(
+        &self,
+        queue: &mut Self::Queue,
+        x: &Self::Activations,
+        rows: Range<usize>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), OpsError>;
 
-    /// `y[t, :] = table[ids[t], :]` (exact).
+    /// As [`Self::read_activations`].
+    fn read_residual(
+        &self,
+        queue: &mut Self::Queue,
+        x: &Self::Residual,
+        rows: Range<usize>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), OpsError>;
+
+    /// As [`Self::read_activations`].
+    fn read_logits(
+        &self,
+        queue: &mut Self::Queue,
+        x: &Self::Logits,
+        rows: Range<usize>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), OpsError>;
+
+    /// Writes the leading `values.len() / cols` rows, each value rounded as an activation of the class. Waits.
+    fn write_activations(
+        &self,
+        queue: &mut Self::Queue,
+        values: &[f32],
+        y: &mut Self::Activations,
+    ) -> Result<(), OpsError>;
+
+    /// Writes the leading `values.len() / cols` rows exactly. Waits.
+    fn write_residual(
+        &self,
+        queue: &mut Self::Queue,
+        values: &[f32],
+        y: &mut Self::Residual,
+    ) -> Result<(), OpsError>;
+
+    /// As [`Self::write_residual`], for logits.
+    fn write_logits(
+        &self,
+        queue: &mut Self::Queue,
+        values: &[f32],
+        y: &mut Self::Logits,
+    ) -> Result<(), OpsError>;
+
+    // --- dense operations -------------------------------------------------------------------------------
+
+    /// `y[t, :] = table[id of row t, :]` for every row of the step (exact).
     fn embed(
         &self,
         queue: &mut Self::Queue,
+        step: &Self::Step,
         table: &Self::Weight,
-        ids: &[TokenId],
-        y: &mut Self::Buffer,
+        y: &mut Self::Residual,
     ) -> Result<(), OpsError>;
 
     /// `y = x / sqrt(mean(x^2) + eps) * weight`, rounded once to the class's activation type.
     fn rms_norm(
         &self,
         queue: &mut Self::Queue,
-        x: &Self::Buffer,
+        x: &Self::Activations,
         weight: &Self::Vector,
         eps: f32,
         rows: usize,
-        y: &mut Self::Buffer,
+        y: &mut Self::Activations,
+    ) -> Result<(), OpsError>;
+
+    /// As [`Self::rms_norm`], of the residual stream.
+    fn rms_norm_residual(
+        &self,
+        queue: &mut Self::Queue,
+        x: &Self::Residual,
+        weight: &Self::Vector,
+        eps: f32,
+        rows: usize,
+        y: &mut Self::Activations,
+    ) -> Result<(), OpsError>;
+
+    /// Residual stream: `x += delta`, F32, not rounded.
+    fn add(
+        &self,
+        queue: &mut Self::Queue,
+        x: &mut Self::Residual,
+        delta: &Self::Activations,
+        rows: usize,
+    ) -> Result<(), OpsError>;
+
+    /// [`Self::add`], then [`Self::rms_norm_residual`] of the sum: for backends that do both at once.
+    #[allow(clippy::too_many_arguments, reason = "two operations in one")]
+    fn add_rms_norm(
+        &self,
+        queue: &mut Self::Queue,
+        x: &mut Self::Residual,
+        delta: &Self::Activations,
+        weight: &Self::Vector,
+        eps: f32,
+        rows: usize,
+        y: &mut Self::Activations,
+    ) -> Result<(), OpsError> {
+        self.add(queue, x, delta, rows)?;
+        self.rms_norm_residual(queue, x, weight, eps, rows, y)
+    }
+
+    /// Residual stream: `x = y` (exact).
+    fn assign(
+        &self,
+        queue: &mut Self::Queue,
+        x: &mut Self::Residual,
+        y: &Self::Activations,
+        rows: usize,
+    ) -> Result<(), OpsError>;
+
+    /// `y[i, :] = x[wanted row i, :]` for the wanted rows of the step.
+    fn gather_wanted(
+        &self,
+        queue: &mut Self::Queue,
+        step: &Self::Step,
+        x: &Self::Residual,
+        y: &mut Self::Residual,
+    ) -> Result<(), OpsError>;
+
+    /// Concatenates per row: `y[t, :] = [a[t, :], b[t, :]]` (input of eh_proj).
+    fn concat(
+        &self,
+        queue: &mut Self::Queue,
+        a: &Self::Activations,
+        b: &Self::Activations,
+        rows: usize,
+        y: &mut Self::Activations,
     ) -> Result<(), OpsError>;
 
     /// `y = x W^T`, `x [rows, W.cols]`, `y [rows, W.rows]`, rounded once to the class's activation type. In
-    /// class fp8 the input of an e4m3 matrix is quantised per 128 first.
+    /// class fp8 the input of an e4m3 matrix is quantised per 128 first, with scales of the matrix's
+    /// [`ScaleFormat`].
     fn linear(
         &self,
         queue: &mut Self::Queue,
-        x: &Self::Buffer,
+        x: &Self::Activations,
         weight: &Self::Weight,
         rows: usize,
-        y: &mut Self::Buffer,
+        y: &mut Self::Activations,
     ) -> Result<(), OpsError>;
 
-    /// As [`Self::linear`] for chosen rows of `x` and without rounding: logits in F32, downloaded to `out`
-    /// as `[rows.len(), W.rows]`. Synchronises.
+    /// As [`Self::linear`] without rounding: logits of the leading rows.
     fn logits(
         &self,
         queue: &mut Self::Queue,
-        x: &Self::Buffer,
-        rows: &[usize],
+        x: &Self::Activations,
         head: &Self::Weight,
-        out: &mut Vec<f32>,
+        rows: usize,
+        y: &mut Self::Logits,
     ) -> Result<(), OpsError>;
 
     /// A whole feed-forward block; the inner activation is rounded to the class's activation type (and
@@ -195,65 +443,25 @@ pub trait Backend: Send + Sync + 'static {
     fn ffn(
         &self,
         queue: &mut Self::Queue,
-        x: &Self::Buffer,
+        x: &Self::Activations,
         ffn: &Ffn<Self::Weight>,
         rows: usize,
-        y: &mut Self::Buffer,
+        y: &mut Self::Activations,
     ) -> Result<(), OpsError>;
 
-    /// Grouped feed-forward: rows of each group through that group's expert. Rows of `x` are contiguous by
-    /// group, groups do not overlap (their order is free, rows in none are left alone), experts have one shape;
-    /// each row's result depends on nothing but that row and its expert.
-    fn grouped_ffn(
-        &self,
-        queue: &mut Self::Queue,
-        x: &Self::Buffer,
-        experts: &[&Ffn<Self::Weight>],
-        groups: &[RowGroup],
-        y: &mut Self::Buffer,
-    ) -> Result<(), OpsError>;
-
-    /// `y[i, :] = x[rows[i], :]`, codes and scales included where the buffer carries them.
-    fn gather_rows(
-        &self,
-        queue: &mut Self::Queue,
-        x: &Self::Buffer,
-        rows: &[usize],
-        y: &mut Self::Buffer,
-    ) -> Result<(), OpsError>;
-
-    /// Concatenates per row: `y[t, :] = [a[t, :], b[t, :]]` (input of eh_proj).
-    fn concat(
-        &self,
-        queue: &mut Self::Queue,
-        a: &Self::Buffer,
-        b: &Self::Buffer,
-        rows: usize,
-        y: &mut Self::Buffer,
-    ) -> Result<(), OpsError>;
-
-    /// Residual stream: `x += delta`, F32, not rounded.
-    fn add(
-        &self,
-        queue: &mut Self::Queue,
-        x: &mut Self::Buffer,
-        delta: &Self::Buffer,
-        rows: usize,
-    ) -> Result<(), OpsError>;
+    // --- attention --------------------------------------------------------------------------------------
 
     /// Rotates the `k_pe` part and normalises the `c` part of `kv_a [rows, kv_lora + rope]` and stores both
-    /// at each row's position. `positions[t]` and `tables[t]` belong to row `t`. Of two rows for one place the
-    /// later one stays.
+    /// at each row's position.
     #[allow(clippy::too_many_arguments, reason = "fuses norm, rotation and store")]
     fn kv_append(
         &self,
         queue: &mut Self::Queue,
+        step: &Self::Step,
         attention: &Self::Attention,
-        kv_a: &Self::Buffer,
+        kv_a: &Self::Activations,
         norm: &Self::Vector,
         eps: f32,
-        positions: &[Position],
-        tables: &[&[PageId]],
         layer: usize,
         cache: &mut Self::KvCache,
     ) -> Result<(), OpsError>;
@@ -262,134 +470,117 @@ pub trait Backend: Send + Sync + 'static {
     fn rope_query(
         &self,
         queue: &mut Self::Queue,
+        step: &Self::Step,
         attention: &Self::Attention,
-        positions: &[Position],
-        q: &mut Self::Buffer,
+        q: &mut Self::Activations,
     ) -> Result<(), OpsError>;
 
-    /// Naive-form causal attention of prompt chunks over the cache (which already holds the chunk itself):
-    /// keys and values expanded through `kv_up` from the cached latents. Writes rows of the segments in
-    /// `out [rows, heads * v]`; segments do not overlap. The context is expanded anew on every call, so
-    /// longer chunks cost less per row.
+    /// Causal attention of every row of the step over the cache (which already holds the step's own rows), in
+    /// the form of its segment: naive (keys and values expanded through `kv_up` from the cached latents) or
+    /// absorbed. Writes `out [rows, heads * v]`.
     #[allow(clippy::too_many_arguments, reason = "a batch of segments against one layer of a cache")]
-    fn attention_prefill(
+    fn attend(
         &self,
         queue: &mut Self::Queue,
+        step: &Self::Step,
         attention: &Self::Attention,
         kv_up: &Self::KvUp,
-        q: &Self::Buffer,
-        segments: &[PrefillSegment<'_>],
+        q: &Self::Activations,
         layer: usize,
         cache: &Self::KvCache,
-        out: &mut Self::Buffer,
+        out: &mut Self::Activations,
     ) -> Result<(), OpsError>;
 
-    /// Absorbed-form attention of generated rows. Writes those rows of `out [rows, heads * v]`; no row is named
-    /// twice.
-    #[allow(clippy::too_many_arguments, reason = "a batch of rows against one layer of a cache")]
-    fn attention_decode(
-        &self,
-        queue: &mut Self::Queue,
-        attention: &Self::Attention,
-        kv_up: &Self::KvUp,
-        q: &Self::Buffer,
-        rows: &[DecodeRow<'_>],
-        layer: usize,
-        cache: &Self::KvCache,
-        out: &mut Self::Buffer,
-    ) -> Result<(), OpsError>;
+    // --- experts ------------------------------------------------------------------------------------------
 
-    /// The gate (spec §6): `topk_idx [rows, k]` ascending by expert id within a row, `topk_weights` in the
-    /// same order. Ties choose the lowest id; a NaN logit is [`OpsError::NanGate`]. Synchronises.
-    #[allow(clippy::too_many_arguments, reason = "gate inputs and its two outputs")]
+    /// The gate (spec §6) for every row of the step; token ids are the step's. Ids ascend within a row, ties
+    /// choose the lowest. Starts the copy of the ids to the host.
+    #[allow(clippy::too_many_arguments, reason = "gate inputs and its output")]
     fn gate(
         &self,
         queue: &mut Self::Queue,
-        x: &Self::Buffer,
+        step: &Self::Step,
+        x: &Self::Activations,
         weight: &Self::Weight,
         bias: &Self::Vector,
         shape: &GateShape,
-        rows: usize,
-        topk_idx: &mut Vec<u16>,
-        topk_weights: &mut Vec<f32>,
+        routing: &mut Self::Routing,
     ) -> Result<(), OpsError>;
 
-    /// `x[t] += (sum over j ascending of weights[t, j] * expert_rows[t * k + j]) + shared[t]`: the chain
-    /// starts at 0, each term is one FMA in F32, the shared output is added last, then the residual.
-    #[allow(clippy::too_many_arguments, reason = "fuses weighting, sum, shared expert and residual")]
+    /// The chosen experts `[rows, top_k]` of the last [`Self::gate`]; a NaN logit is [`OpsError::NanGate`].
+    /// Waits for that gate (not for what was queued after it).
+    fn routed<'r>(&self, routing: &'r Self::Routing) -> Result<&'r [u16], OpsError>;
+
+    /// The weights `[rows, top_k]` beside [`Self::routed`]. Waits: for observers and tests.
+    fn read_weights(
+        &self,
+        queue: &mut Self::Queue,
+        routing: &Self::Routing,
+        out: &mut Vec<f32>,
+    ) -> Result<(), OpsError>;
+
+    /// Fills a routing with given choices, as a gate would. Waits: for tests and self-tests.
+    fn write_routing(
+        &self,
+        queue: &mut Self::Queue,
+        topk_idx: &[u16],
+        topk_weights: &[f32],
+        routing: &mut Self::Routing,
+    ) -> Result<(), OpsError>;
+
+    /// Encodes rows in the dispatch format. Class fp8: the published quantiser (spec §7), per row and 128
+    /// columns `s = max(amax, 1e-4) / 448`, rounded up to a power of two where `scales` says so.
+    fn encode(
+        &self,
+        queue: &mut Self::Queue,
+        x: &Self::Activations,
+        rows: usize,
+        scales: ScaleFormat,
+        y: &mut Self::Rows,
+    ) -> Result<(), OpsError>;
+
+    /// Received rows through experts: pair `i` of the pass takes row `pass.input[i]` of `x` through the expert
+    /// of its group and becomes row `pass.output[i]` of `y`. Each result depends on nothing but its row and
+    /// its expert.
+    fn grouped_ffn(
+        &self,
+        queue: &mut Self::Queue,
+        pass: &Self::Pass,
+        experts: &Self::ExpertTable,
+        x: &Self::Rows,
+        y: &mut Self::Activations,
+    ) -> Result<(), OpsError>;
+
+    /// `x[t] += (sum over j ascending of weights[t, j] * expert row (t, j)) + shared[t]`: the chain starts at 0,
+    /// each term is one FMA in F32, the shared output is added last, then the residual. Takes the experts'
+    /// rows as they arrived, each chunk copied to the device once.
     fn combine(
         &self,
         queue: &mut Self::Queue,
-        expert_rows: HostRows<'_>,
-        topk_weights: &[f32],
-        top_k: usize,
-        shared: Option<&Self::Buffer>,
-        rows: usize,
-        x: &mut Self::Buffer,
+        experts: &ExpertRows,
+        routing: &Self::Routing,
+        shared: Option<&Self::Activations>,
+        x: &mut Self::Residual,
     ) -> Result<(), OpsError>;
-}
 
-/// What an operation refuses.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub enum OpsError {
-    /// Shapes do not fit together.
-    #[error("{op}: {what} is {found}, expected {expected}")]
-    Shape {
-        /// The operation.
-        op: &'static str,
-        /// Which dimension of which argument.
-        what: &'static str,
-        /// What was given.
-        found: usize,
-        /// What is needed.
-        expected: usize,
-    },
-    /// An index is out of range.
-    #[error("{op}: {what} {index} is out of range (limit {limit})")]
-    Range {
-        /// The operation.
-        op: &'static str,
-        /// What the index counts.
-        what: &'static str,
-        /// The index.
-        index: usize,
-        /// First index that does not exist.
-        limit: usize,
-    },
-    /// A weight value that no kernel may see.
-    #[error("{op}: {what} at element {index} is {value}")]
-    BadValue {
-        /// The operation.
-        op: &'static str,
-        /// Which value.
-        what: &'static str,
-        /// Its flat index.
-        index: usize,
-        /// Its value.
-        value: f32,
-    },
-    /// The gate met a NaN.
-    #[error("gate: logit of expert {expert} in row {row} is NaN")]
-    NanGate {
-        /// Row of the batch.
-        row: usize,
-        /// Logical expert.
-        expert: usize,
-    },
-    /// The device has no room.
-    #[error("{op}: cannot allocate {bytes} bytes on the device")]
-    OutOfMemory {
-        /// The operation.
-        op: &'static str,
-        /// Requested size.
-        bytes: usize,
-    },
-    /// The device failed.
-    #[error("{op}: {message}")]
-    Device {
-        /// The operation.
-        op: &'static str,
-        /// What the device said.
-        message: String,
-    },
+    // --- sampling -------------------------------------------------------------------------------------------
+
+    /// Draws one token per entry from its row of `logits`, with the bits of [`cadre_sampler::Sampler`]:
+    /// penalties, largest, total weight and candidates on the device. The logits are scratch space until
+    /// [`Self::samples`] has returned. No row is named twice.
+    fn sample(
+        &self,
+        queue: &mut Self::Queue,
+        logits: &mut Self::Logits,
+        rows: &[SampleRow<'_>],
+    ) -> Result<Self::Samples, OpsError>;
+
+    /// The tokens, in the order asked; a row's own trouble (a NaN logit, a wrong parameter) is its entry's.
+    /// Waits for them.
+    fn samples(
+        &self,
+        queue: &mut Self::Queue,
+        logits: &mut Self::Logits,
+        samples: Self::Samples,
+    ) -> Result<Vec<Result<Sample, SampleError>>, OpsError>;
 }

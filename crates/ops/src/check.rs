@@ -2,12 +2,14 @@
 //! kernels may rely on shapes without looking again.
 
 use cadre_numerics::{e4m3, quant};
-use cadre_types::{PageId, Position};
+use cadre_types::{NumericsClass, PageId, Position};
 
 use crate::{
-    backend::OpsError,
+    error::OpsError,
+    exchange::ExpertRows,
     host::{HostMatrix, HostRows, MatrixData, RowFormat},
-    shape::{AttentionShape, DecodeRow, GateShape, KvLayout, PrefillSegment, RowGroup},
+    shape::{AttentionShape, GateShape, KvLayout},
+    step::{PassInfo, StepInfo},
 };
 
 /// Rows and columns of a buffer or a matrix.
@@ -74,7 +76,11 @@ pub fn matrix(op: &'static str, matrix: &HostMatrix<'_>) -> Result<(), OpsError>
                 Some(index) => Err(OpsError::BadValue { op, what: "element", index, value: f32::NAN }),
             }
         }
-        MatrixData::E4m3 { codes, scales } => {
+        MatrixData::E4m3 { codes, scales, block, .. } => {
+            for (what, side) in [("rows of a scale block", block[0]), ("columns of a scale block", block[1])]
+            {
+                equal(op, what, side, cadre_numerics::BLOCK)?;
+            }
             equal(op, "bytes of e4m3 codes", codes.len(), elements)?;
             let blocks = quant::blocks(matrix.rows) * quant::blocks(matrix.cols);
             equal(op, "block scales", scales.len(), blocks)?;
@@ -133,6 +139,24 @@ pub fn host_rows(op: &'static str, rows: &HostRows<'_>) -> Result<(), OpsError> 
     equal(op, "bytes of row scales", rows.scales.len(), scales)
 }
 
+/// Rows that arrive for rows `first_row..` of a buffer.
+pub fn upload_rows(
+    op: &'static str,
+    rows: &HostRows<'_>,
+    class: NumericsClass,
+    first_row: usize,
+    y: Dims,
+) -> Result<(), OpsError> {
+    host_rows(op, rows)?;
+    if rows.format != RowFormat::dispatch(class) {
+        let message =
+            format!("rows are {:?}, class {class} takes {:?}", rows.format, RowFormat::dispatch(class));
+        return Err(OpsError::Device { op, message });
+    }
+    equal(op, "columns of y", y.cols, rows.cols)?;
+    at_least(op, "row capacity of y", y.rows, first_row.saturating_add(rows.rows))
+}
+
 /// An attention shape that kernels can run.
 pub fn attention_shape(op: &'static str, shape: &AttentionShape) -> Result<(), OpsError> {
     equal(op, "rope width modulo 2", shape.rope % 2, 0)?;
@@ -189,80 +213,156 @@ pub fn pages(
     table[start..=end].iter().try_for_each(|page| index(op, "page", page.index(), layout.pages))
 }
 
-/// Ranges of rows that lie below `capacity` and do not overlap.
-pub fn disjoint(
+/// A range of bytes in host memory.
+pub fn memory(op: &'static str, len: usize, at: usize, bytes: usize) -> Result<(), OpsError> {
+    at_least(op, "bytes of host memory", len, at.saturating_add(bytes))
+}
+
+/// A range of rows of a buffer.
+pub fn rows(op: &'static str, x: Dims, rows: &std::ops::Range<usize>) -> Result<(), OpsError> {
+    at_least(op, "end of a range of rows after its start", rows.end, rows.start)?;
+    at_least(op, "row capacity of x", x.rows, rows.end)
+}
+
+/// Values for whole leading rows of a buffer; returns the rows.
+pub fn values(op: &'static str, values: usize, y: Dims) -> Result<usize, OpsError> {
+    let rows = values / y.cols.max(1);
+    equal(op, "values of whole rows", values, rows * y.cols)?;
+    at_least(op, "row capacity of y", y.rows, rows)?;
+    Ok(rows)
+}
+
+/// Embedding of a step.
+pub fn embed(op: &'static str, step: &StepInfo, table: Dims, y: Dims) -> Result<(), OpsError> {
+    equal(op, "columns of y", y.cols, table.cols)?;
+    at_least(op, "row capacity of y", y.rows, step.rows)?;
+    match step.ids_end {
+        0 => Ok(()),
+        end => index(op, "token id", end - 1, table.rows),
+    }
+}
+
+/// The wanted rows of a step.
+pub fn gather_wanted(op: &'static str, step: &StepInfo, x: Dims, y: Dims) -> Result<(), OpsError> {
+    equal(op, "columns of y", y.cols, x.cols)?;
+    at_least(op, "row capacity of x", x.rows, step.rows)?;
+    at_least(op, "row capacity of y", y.rows, step.wanted)
+}
+
+/// Two buffers side by side.
+pub fn concat(op: &'static str, a: Dims, b: Dims, rows: usize, y: Dims) -> Result<(), OpsError> {
+    equal(op, "columns of y", y.cols, a.cols + b.cols)?;
+    at_least(op, "row capacity of a", a.rows, rows)?;
+    at_least(op, "row capacity of b", b.rows, rows)?;
+    at_least(op, "row capacity of y", y.rows, rows)
+}
+
+/// Experts of one table have one shape: `(hidden, inner, output)` of each.
+pub fn expert_table(
     op: &'static str,
-    capacity: usize,
-    ranges: impl Iterator<Item = (usize, usize)> + Clone,
+    shapes: impl IntoIterator<Item = (usize, usize, usize)>,
 ) -> Result<(), OpsError> {
-    let mut ascending = true;
-    let mut end = 0;
-    for (first, rows) in ranges.clone().filter(|(_, rows)| *rows > 0) {
-        let stop = first.saturating_add(rows);
-        at_least(op, "row capacity", capacity, stop)?;
-        ascending &= first >= end;
-        end = stop;
-    }
-    if ascending {
-        return Ok(());
-    }
-    let mut sorted: Vec<_> = ranges.filter(|(_, rows)| *rows > 0).collect();
-    sorted.sort_unstable();
-    sorted.windows(2).try_for_each(|pair| {
-        at_least(op, "first row of a range after its predecessor", pair[1].0, pair[0].0 + pair[0].1)
+    let mut shapes = shapes.into_iter();
+    let Some(first) = shapes.next() else { return Ok(()) };
+    shapes.try_for_each(|(hidden, inner, output)| {
+        equal(op, "columns of an expert", hidden, first.0)?;
+        equal(op, "inner width of an expert", inner, first.1)?;
+        equal(op, "rows of an expert", output, first.2)
     })
 }
 
-/// Groups of a grouped feed-forward.
-pub fn groups(
+/// Rows of logits to sample from, none twice.
+pub fn sample_rows(
     op: &'static str,
-    groups: &[RowGroup],
-    experts: usize,
-    x: Dims,
-    y: Dims,
+    capacity: usize,
+    rows: impl IntoIterator<Item = usize>,
 ) -> Result<(), OpsError> {
-    groups.iter().try_for_each(|group| index(op, "expert", group.expert, experts))?;
-    let ranges = groups.iter().map(|group| (group.first_row, group.rows));
-    disjoint(op, x.rows.min(y.rows), ranges)
+    let mut seen = vec![false; capacity];
+    rows.into_iter().try_for_each(|row| {
+        index(op, "row of logits", row, capacity)?;
+        match std::mem::replace(&mut seen[row], true) {
+            false => Ok(()),
+            true => {
+                Err(OpsError::Range { op, what: "row of logits, named twice:", index: row, limit: capacity })
+            }
+        }
+    })
 }
 
-/// Widths of the query and the output of attention.
-pub fn attention_io(op: &'static str, shape: &AttentionShape, q: Dims, out: Dims) -> Result<(), OpsError> {
+/// A pass over experts (of one shape, which the table saw to).
+pub fn pass(op: &'static str, pass: &PassInfo, experts: usize, x: Dims, y: Dims) -> Result<(), OpsError> {
+    if pass.experts_end > 0 {
+        index(op, "expert", pass.experts_end - 1, experts)?;
+    }
+    at_least(op, "row capacity of x", x.rows, pass.input_end)?;
+    at_least(op, "row capacity of y", y.rows, pass.pairs)
+}
+
+/// The query and the output of attention.
+pub fn attention_io(
+    op: &'static str,
+    shape: &AttentionShape,
+    step: &StepInfo,
+    q: Dims,
+    out: Dims,
+) -> Result<(), OpsError> {
     equal(op, "columns of q", q.cols, shape.heads * (shape.nope + shape.rope))?;
-    equal(op, "columns of out", out.cols, shape.heads * shape.v)
+    equal(op, "columns of out", out.cols, shape.heads * shape.v)?;
+    at_least(op, "row capacity of q", q.rows, step.rows)?;
+    at_least(op, "row capacity of out", out.rows, step.rows)
 }
 
-/// Segments of a prefill step.
-pub fn segments(
+/// A rotation of queries.
+pub fn rope_query(
     op: &'static str,
+    step: &StepInfo,
     shape: &AttentionShape,
-    layout: &KvLayout,
-    segments: &[PrefillSegment<'_>],
-    capacity: usize,
+    q: Dims,
 ) -> Result<(), OpsError> {
-    disjoint(op, capacity, segments.iter().map(|s| (s.first_row, s.rows)))?;
-    for segment in segments.iter().filter(|segment| segment.rows > 0) {
-        let last = segment.first_position as usize + segment.rows - 1;
-        index(op, "position", last, shape.max_positions)?;
-        pages(op, layout, segment.block_table, 0, last + 1)?;
-    }
-    Ok(())
+    equal(op, "columns of q", q.cols, shape.heads * (shape.nope + shape.rope))?;
+    at_least(op, "row capacity of q", q.rows, step.rows)?;
+    step_positions(op, step, shape)
 }
 
-/// Rows of a decode step.
-pub fn decode_rows(
+/// Rows appended to a cache.
+pub fn kv_append(
     op: &'static str,
+    step: &StepInfo,
     shape: &AttentionShape,
     layout: &KvLayout,
-    rows: &[DecodeRow<'_>],
-    capacity: usize,
+    layer: usize,
+    kv_a: Dims,
+    norm: usize,
 ) -> Result<(), OpsError> {
-    disjoint(op, capacity, rows.iter().map(|row| (row.row, 1)))?;
-    for row in rows {
-        index(op, "position", row.position as usize, shape.max_positions)?;
-        pages(op, layout, row.block_table, 0, row.position as usize + 1)?;
+    step_cache(op, step, shape, layout, layer)?;
+    equal(op, "columns of kv_a", kv_a.cols, shape.kv_lora + shape.rope)?;
+    equal(op, "entries of the norm", norm, shape.kv_lora)?;
+    at_least(op, "row capacity of kv_a", kv_a.rows, step.rows)
+}
+
+/// That a step's positions are within a shape.
+pub fn step_positions(op: &'static str, step: &StepInfo, shape: &AttentionShape) -> Result<(), OpsError> {
+    equal(op, "rows of the segments", step.attending, step.rows)?;
+    match step.positions_end {
+        0 => Ok(()),
+        end => index(op, "position", end - 1, shape.max_positions),
     }
-    Ok(())
+}
+
+/// That a step fits a cache.
+pub fn step_cache(
+    op: &'static str,
+    step: &StepInfo,
+    shape: &AttentionShape,
+    layout: &KvLayout,
+    layer: usize,
+) -> Result<(), OpsError> {
+    cache(op, shape, layout, layer)?;
+    step_positions(op, step, shape)?;
+    match step.pages_end {
+        0 => Ok(()),
+        end => index(op, "page", end - 1, layout.pages),
+    }
 }
 
 /// A gate whose rule can be carried out.
@@ -287,23 +387,52 @@ pub fn gate(
     at_least(op, "experts in the kept groups", candidates, shape.top_k)
 }
 
-/// Inputs of combine.
+/// Inputs of combine: `rows` tokens with `top_k` pairs each, every pair in the chunks exactly once.
 pub fn combine(
     op: &'static str,
-    expert_rows: &HostRows<'_>,
-    topk_weights: usize,
+    experts: &ExpertRows,
     top_k: usize,
     shared: Option<Dims>,
     rows: usize,
     x: Dims,
 ) -> Result<(), OpsError> {
     let pairs = product(op, rows, top_k)?;
-    host_rows(op, expert_rows)?;
-    equal(op, "expert rows", expert_rows.rows, pairs)?;
-    equal(op, "columns of the expert rows", expert_rows.cols, x.cols)?;
-    equal(op, "weights", topk_weights, pairs)?;
+    equal(op, "pairs of the expert rows", experts.pairs, pairs)?;
+    equal(op, "columns of the expert rows", experts.hidden, x.cols)?;
+    if experts.format == RowFormat::E4m3 {
+        let message = "expert rows are e4m3, which has no scales here".to_owned();
+        return Err(OpsError::Device { op, message });
+    }
+    let mut seen = vec![0_u64; pairs.div_ceil(64)];
+    let mut found = 0;
+    for chunk in &experts.chunks {
+        let bytes = product(op, chunk.targets.len(), experts.row_bytes())?;
+        equal(op, "bytes of a chunk of expert rows", chunk.rows.len(), bytes)?;
+        for target in &chunk.targets {
+            let target = *target as usize;
+            index(op, "pair of an expert row", target, pairs)?;
+            let bit = 1 << (target % 64);
+            if seen[target / 64] & bit != 0 {
+                return Err(OpsError::Range { op, what: "pair, given twice:", index: target, limit: pairs });
+            }
+            seen[target / 64] |= bit;
+        }
+        found += chunk.targets.len();
+    }
+    equal(op, "expert rows", found, pairs)?;
     at_least(op, "row capacity of x", x.rows, rows)?;
     shared.map_or(Ok(()), |shared| same_width(op, shared, x, rows))
+}
+
+/// A routing's room.
+pub fn routing(
+    op: &'static str,
+    capacity: (usize, usize),
+    rows: usize,
+    top_k: usize,
+) -> Result<(), OpsError> {
+    equal(op, "experts per row of the routing", capacity.1, top_k)?;
+    at_least(op, "row capacity of the routing", capacity.0, rows)
 }
 
 /// Encoded rows as (data, scales) of one row; `rows` was checked by [`host_rows`].
@@ -343,18 +472,10 @@ pub fn decode_row(format: RowFormat, data: &[u8], scales: &[u8], out: &mut [f32]
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use cadre_types::config::ScaleFormat;
 
-    #[test]
-    fn overlap_is_found_in_any_order() {
-        let check = |ranges: &[(usize, usize)]| disjoint("t", 10, ranges.iter().copied());
-        assert_eq!(check(&[(0, 3), (3, 7)]), Ok(()));
-        assert_eq!(check(&[(5, 5), (0, 5), (2, 0)]), Ok(()));
-        assert!(check(&[(0, 3), (2, 1)]).is_err());
-        assert!(check(&[(5, 2), (0, 6)]).is_err());
-        assert!(check(&[(8, 3)]).is_err());
-        assert!(check(&[(usize::MAX, 2)]).is_err());
-    }
+    use super::*;
+    use crate::exchange::ExpertChunk;
 
     #[test]
     fn pages_are_checked_for_the_range_asked() {
@@ -366,18 +487,53 @@ mod tests {
         assert_eq!(pages("t", &layout, &[], 7, 0), Ok(()));
     }
 
+    fn e4m3<'a>(codes: &'a [u8], scales: &'a [f32]) -> MatrixData<'a> {
+        MatrixData::E4m3 { codes, scales, block: MatrixData::BLOCK, input_scales: ScaleFormat::F32 }
+    }
+
+    #[test]
+    fn other_block_shapes_are_refused() {
+        let data = MatrixData::E4m3 {
+            codes: &[0],
+            scales: &[1.0],
+            block: [64, 128],
+            input_scales: ScaleFormat::F32,
+        };
+        let error = matrix("load", &HostMatrix { rows: 1, cols: 1, data });
+        let (what, found) = ("rows of a scale block", 64);
+        assert_eq!(error, Err(OpsError::Shape { op: "load", what, found, expected: 128 }));
+    }
+
+    #[test]
+    fn every_pair_comes_once() {
+        let x = Dims { rows: 2, cols: 1 };
+        let check = |targets: &[&[u32]]| {
+            let chunk = |targets: &&[u32]| ExpertChunk {
+                rows: vec![0; targets.len() * 2].into(),
+                targets: targets.to_vec(),
+            };
+            let chunks = targets.iter().map(chunk).collect();
+            let experts = ExpertRows { format: RowFormat::Bf16, pairs: 4, hidden: 1, chunks };
+            combine("c", &experts, 2, None, 2, x)
+        };
+        assert_eq!(check(&[&[3, 0], &[1], &[], &[2]]), Ok(()));
+        assert!(check(&[&[3, 0], &[1]]).is_err(), "pair 2 is missing");
+        assert!(check(&[&[3, 0], &[1, 0]]).is_err(), "pair 0 comes twice");
+        assert!(check(&[&[4, 0, 1, 2]]).is_err(), "there is no pair 4");
+    }
+
     #[test]
     fn bad_weights_are_named() {
         let codes = [0_u8, 0x7F];
         let bad = |scales: &[f32]| {
-            let data = MatrixData::E4m3 { codes: &codes[..1], scales };
+            let data = e4m3(&codes[..1], scales);
             matrix("load", &HostMatrix { rows: 1, cols: 1, data })
         };
         assert_eq!(bad(&[1.0]), Ok(()));
         for scale in [0.0, -1.0, f32::NAN, f32::INFINITY, f32::MAX] {
             assert!(matches!(bad(&[scale]), Err(OpsError::BadValue { what: "scale", .. })));
         }
-        let data = MatrixData::E4m3 { codes: &codes, scales: &[1.0] };
+        let data = e4m3(&codes, &[1.0]);
         let error = matrix("load", &HostMatrix { rows: 1, cols: 2, data });
         assert!(matches!(error, Err(OpsError::BadValue { what: "e4m3 code", index: 1, .. })));
     }

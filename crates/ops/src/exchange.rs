@@ -4,17 +4,18 @@
 //! process or behind gRPC. The two calls are apart so that the shared expert, or another micro-batch,
 //! is computed while the experts work.
 
+use bytes::Bytes;
 use cadre_types::{Generation, LayerId, LogicalExpert, PlacementEpoch, ShardIndex};
 
-use crate::host::{HostRows, RowFormat};
+use crate::host::{EncodedRows, RowFormat};
 
 /// Rows of one MoE layer step and where they go.
 #[derive(Clone, Copy, Debug)]
 pub struct DispatchBatch<'a> {
     /// The layer.
     pub layer: LayerId,
-    /// `[tokens, hidden]`, encoded in [`RowFormat::dispatch`] of the class.
-    pub activations: HostRows<'a>,
+    /// `[tokens, hidden]`, encoded in [`RowFormat::dispatch`] of the class. An exchange may keep slices.
+    pub activations: &'a EncodedRows,
     /// Experts per token.
     pub top_k: usize,
     /// `[tokens, top_k]` logical experts, ascending within a token.
@@ -25,35 +26,57 @@ pub struct DispatchBatch<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ExchangeTicket(pub u64);
 
-/// Expert outputs in the order of `topk_idx`: row `t * top_k + j` is token `t` through its `j`-th expert.
+/// Expert outputs as they arrived: pair `t * top_k + j` is token `t` through its `j`-th expert.
 #[derive(Clone, Debug)]
 pub struct ExpertRows {
     /// [`RowFormat::combine`] of the class.
     pub format: RowFormat,
-    /// `tokens * top_k`.
-    pub rows: usize,
+    /// Pairs: `tokens * top_k`.
+    pub pairs: usize,
     /// Elements per row.
     pub hidden: usize,
-    /// `rows * format.row_bytes(hidden)`; reused from step to step.
-    pub data: Vec<u8>,
+    /// Rows of answers. Together they hold every pair exactly once.
+    pub chunks: Vec<ExpertChunk>,
+}
+
+/// Rows of one answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExpertChunk {
+    /// `targets.len() * format.row_bytes(hidden)` bytes.
+    pub rows: Bytes,
+    /// The pair that each row is of.
+    pub targets: Vec<u32>,
 }
 
 impl Default for ExpertRows {
     fn default() -> Self {
-        Self { format: RowFormat::F32, rows: 0, hidden: 0, data: Vec::new() }
+        Self { format: RowFormat::F32, pairs: 0, hidden: 0, chunks: Vec::new() }
     }
 }
 
 impl ExpertRows {
-    /// The rows as [`HostRows`].
-    pub fn as_host_rows(&self) -> HostRows<'_> {
-        HostRows { format: self.format, rows: self.rows, cols: self.hidden, data: &self.data, scales: &[] }
+    /// Bytes of a row.
+    pub fn row_bytes(&self) -> usize {
+        self.format.row_bytes(self.hidden)
+    }
+
+    /// All rows in the order of pairs, copied together: for tests and tools.
+    pub fn in_order(&self) -> Vec<u8> {
+        let width = self.row_bytes();
+        let mut out = vec![0; self.pairs * width];
+        for chunk in &self.chunks {
+            for (row, target) in chunk.rows.chunks_exact(width.max(1)).zip(&chunk.targets) {
+                let at = *target as usize * width;
+                out[at..at + width].copy_from_slice(row);
+            }
+        }
+        out
     }
 }
 
 /// Computes routed experts.
 pub trait ExpertExchange: Send {
-    /// Sends the rows to their experts. Does not wait for results; copies what it needs of the batch.
+    /// Sends the rows to their experts. Does not wait for results; keeps what it needs of the batch.
     fn dispatch(&mut self, batch: DispatchBatch<'_>) -> Result<ExchangeTicket, ExchangeError>;
 
     /// Waits, within the exchange's bounds, for the rows of a dispatch; retries on other copies.

@@ -1,9 +1,15 @@
-//! The noaux_tc choice of experts from a row of logits (spec §6): pure, and the one implementation of the
+//! The choice of experts from a row of logits (spec §6): pure, and the one implementation of the
 //! rule for every backend that chooses on the host.
 
-use cadre_numerics::exp::sigmoid;
+use cadre_numerics::{
+    exp::{exp, sigmoid},
+    reduce,
+};
 
-use crate::{backend::OpsError, shape::GateShape};
+use crate::{
+    error::OpsError,
+    shape::{GateShape, GroupScore, Scoring},
+};
 
 /// Chooses experts row by row; keeps its scratch between rows.
 #[derive(Debug, Default)]
@@ -29,18 +35,21 @@ impl Chooser {
     ) -> Result<(), OpsError> {
         let mut scores = std::mem::take(&mut self.scores);
         scores.clear();
-        scores.extend(logits.iter().map(|logit| sigmoid(*logit)));
+        match shape.scoring {
+            Scoring::Sigmoid => scores.extend(logits.iter().map(|logit| sigmoid(*logit))),
+            Scoring::Softmax => softmax(logits, &mut scores),
+        }
         let result = self.choose_scored(&scores, bias, shape, row, topk_idx, topk_weights);
         self.scores = scores;
         result
     }
 
-    /// As [`Self::choose`], from the sigmoids of the logits (a NaN logit is a NaN sigmoid).
+    /// As [`Self::choose`], from the scores of the logits (a NaN logit is a NaN score).
     ///
-    /// `selection = sigmoid(logit) + bias` is used for choosing only. A group's score is the sum of its two
-    /// largest selections (of its only one, in groups of one). Of the kept groups the largest selections
-    /// win; every tie goes to the lowest id. Weights are the sigmoids, divided by (their sum in ascending
-    /// id order + 1e-20) if the shape says so, times the factor.
+    /// `selection = score + bias` is used for choosing only. A group's score is the sum of its two largest
+    /// selections (of its only one, in groups of one), or its largest. Of the kept groups the largest
+    /// selections win; every tie goes to the lowest id. Weights are the scores, divided by (their sum in
+    /// ascending id order + 1e-20) if the shape says so, times the factor.
     pub fn choose_scored(
         &mut self,
         scores: &[f32],
@@ -77,7 +86,11 @@ impl Chooser {
         }
         self.group_scores.clear();
         let groups = self.selection.chunks_exact(shape.experts / shape.n_group);
-        self.group_scores.extend(groups.map(two_largest));
+        let score = match shape.group_score {
+            GroupScore::TwoLargest => two_largest,
+            GroupScore::Largest => the_largest,
+        };
+        self.group_scores.extend(groups.map(score));
         for _ in 0..shape.topk_group {
             let free = (0..shape.n_group).filter(|group| !self.kept[*group]);
             if let Some(best) = largest(free, &self.group_scores) {
@@ -103,6 +116,30 @@ impl Chooser {
         }
         self.chosen.sort_unstable();
     }
+}
+
+/// `exp(logit - largest) / sum`, the sum in the 16-lane order. Of a row with a NaN the first is marked.
+fn softmax(logits: &[f32], scores: &mut Vec<f32>) {
+    if let Some(expert) = logits.iter().position(|logit| logit.is_nan()) {
+        // Only the culprit is to be found.
+        scores.resize(logits.len(), 0.0);
+        scores[expert] = f32::NAN;
+        return;
+    }
+    let largest = the_largest(logits);
+    // Infinite logits share everything among them.
+    let distance = |logit: f32| if logit == largest { 0.0 } else { logit - largest };
+    scores.extend(logits.iter().map(|logit| exp(distance(*logit))));
+    let sum = reduce::sum(scores);
+    scores.iter_mut().for_each(|score| *score /= sum);
+}
+
+/// The largest of numbers.
+fn the_largest(group: &[f32]) -> f32 {
+    group
+        .iter()
+        .copied()
+        .fold(f32::NEG_INFINITY, |largest, value| if value > largest { value } else { largest })
 }
 
 /// Sum of the two largest, or the only one.
@@ -146,7 +183,17 @@ mod tests {
 
     fn shape(experts: usize, n_group: usize, topk_group: usize, top_k: usize) -> GateShape {
         let (norm_topk_prob, routed_scaling_factor) = (true, 2.5);
-        GateShape { experts, n_group, topk_group, top_k, norm_topk_prob, routed_scaling_factor }
+        let (scoring, group_score) = (Scoring::Sigmoid, GroupScore::TwoLargest);
+        GateShape {
+            scoring,
+            group_score,
+            experts,
+            n_group,
+            topk_group,
+            top_k,
+            norm_topk_prob,
+            routed_scaling_factor,
+        }
     }
 
     /// Spec §6: masking with 0 instead of leaving the group out would choose 5, 2, 3.
@@ -204,5 +251,28 @@ mod tests {
         let (idx, weights) = choose(&logits, &[0.0; 4], &shape(4, 2, 1, 2));
         assert_eq!(idx, [0, 1]);
         assert_eq!(weights, [0.0, 2.5]);
+    }
+
+    #[test]
+    fn softmax_scores_and_largest_groups() {
+        let rule = GateShape {
+            scoring: Scoring::Softmax,
+            group_score: GroupScore::Largest,
+            norm_topk_prob: false,
+            routed_scaling_factor: 1.0,
+            ..shape(4, 2, 1, 2)
+        };
+        // Group 0 has the largest logit, group 1 the larger sum of two.
+        let logits = [2.0, -5.0, 1.5, 1.5];
+        let (idx, weights) = choose(&logits, &[0.0; 4], &rule);
+        assert_eq!(idx, [0, 1]);
+        let sum: f32 = logits.iter().map(|l| l.exp()).sum();
+        for (weight, logit) in weights.iter().zip([2.0_f32, -5.0]) {
+            assert!((weight - logit.exp() / sum).abs() < 1e-6, "{weight}");
+        }
+        let two = GateShape { group_score: GroupScore::TwoLargest, ..rule };
+        assert_eq!(choose(&logits, &[0.0; 4], &two).0, [2, 3]);
+        let infinite = [f32::INFINITY, 0.0, f32::NEG_INFINITY, 0.0];
+        assert_eq!(choose(&infinite, &[0.0; 4], &rule).1, [1.0, 0.0]);
     }
 }

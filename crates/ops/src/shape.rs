@@ -1,6 +1,6 @@
-//! Shapes and batch descriptions that operations take.
+//! Shapes of the model that operations take.
 
-use cadre_types::{ModelConfig, PageId, Position};
+use cadre_types::ModelConfig;
 
 /// The latent cache's geometry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,9 +47,31 @@ pub struct AttentionShape {
     pub max_positions: usize,
 }
 
+/// How logits of the gate become scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scoring {
+    /// `1 / (1 + exp(-logit))`, expert by expert (V3).
+    Sigmoid,
+    /// `exp(logit - largest) / sum`, over all experts (V2).
+    Softmax,
+}
+
+/// How a group of experts is judged when only some groups are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GroupScore {
+    /// Sum of its two largest selections (`noaux_tc`).
+    TwoLargest,
+    /// Its largest selection (`group_limited_greedy`).
+    Largest,
+}
+
 /// The gate's rule (spec §6).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GateShape {
+    /// Scores of logits.
+    pub scoring: Scoring,
+    /// Scores of groups.
+    pub group_score: GroupScore,
     /// Routed experts.
     pub experts: usize,
     /// Groups.
@@ -68,6 +90,8 @@ impl GateShape {
     /// The gate of a model.
     pub fn of(config: &ModelConfig) -> Self {
         Self {
+            scoring: Scoring::Sigmoid,
+            group_score: GroupScore::TwoLargest,
             experts: config.n_routed_experts,
             n_group: config.n_group,
             topk_group: config.topk_group,
@@ -76,39 +100,4 @@ impl GateShape {
             routed_scaling_factor: config.routed_scaling_factor,
         }
     }
-}
-
-/// Consecutive rows of a batch that are a chunk of one sequence's prompt, attended in naive form.
-#[derive(Clone, Copy, Debug)]
-pub struct PrefillSegment<'a> {
-    /// First row of the batch.
-    pub first_row: usize,
-    /// Rows.
-    pub rows: usize,
-    /// Position of the first row.
-    pub first_position: Position,
-    /// Pages of the sequence; entry `i` holds positions `64 i .. 64 i + 64`.
-    pub block_table: &'a [PageId],
-}
-
-/// One row of a batch that is a generated token, attended in absorbed form.
-#[derive(Clone, Copy, Debug)]
-pub struct DecodeRow<'a> {
-    /// Row of the batch.
-    pub row: usize,
-    /// Its position.
-    pub position: Position,
-    /// Pages of the sequence.
-    pub block_table: &'a [PageId],
-}
-
-/// Consecutive input rows that go through one expert.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RowGroup {
-    /// Index into the experts given.
-    pub expert: usize,
-    /// First row.
-    pub first_row: usize,
-    /// Rows; may be 0.
-    pub rows: usize,
 }

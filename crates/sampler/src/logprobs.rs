@@ -23,7 +23,7 @@ pub struct TokenLogprob {
 
 /// What turns the raw logits of one row into log probabilities.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct LogSoftmax {
+pub struct LogSoftmax {
     largest: f64,
     log_total: f64,
 }
@@ -31,11 +31,16 @@ pub(crate) struct LogSoftmax {
 impl LogSoftmax {
     /// `largest` is finite and is the largest of `logits`.
     pub(crate) fn new(logits: &[f32], largest: f32) -> Self {
-        let total = Scale::new(largest, 1.0).total(logits);
+        Self::from_parts(largest, Scale::new(largest, 1.0).total(logits))
+    }
+
+    /// From the largest logit and the weight of all at temperature 1 ([`crate::total_weight`]).
+    pub fn from_parts(largest: f32, total: u64) -> Self {
         Self { largest: f64::from(largest), log_total: ln_of_weight(total) }
     }
 
-    pub(crate) fn of(&self, token: TokenId, logit: f32) -> TokenLogprob {
+    /// The log probability of a token with this raw logit.
+    pub fn of(&self, token: TokenId, logit: f32) -> TokenLogprob {
         let logprob = (f64::from(logit) - self.largest) - self.log_total;
         // A finite logit may lie further below the largest than F32 can say.
         TokenLogprob { token, logprob: logprob.max(f64::from(f32::MIN)) as f32 }

@@ -14,6 +14,70 @@ pub(crate) struct Penalties {
     sorted: Vec<TokenId>,
 }
 
+/// What penalties do to one token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PenaltyChange {
+    /// The token; it is in the prompt or in the output.
+    pub token: TokenId,
+    /// How often it is in the output.
+    pub count: u32,
+}
+
+impl PenaltyChange {
+    /// The token's logit after penalties, in this order and with these roundings: repetition (a logit above 0 is
+    /// divided by the penalty, another multiplied), then, if the token is in the output, `- frequency * count`
+    /// and `- presence`, each product and difference rounded to F32. A penalty that does nothing is left out.
+    pub fn apply(&self, logit: f32, params: &SamplingParams) -> f32 {
+        let mut logit = logit;
+        if params.repetition_penalty != 1.0 {
+            logit = repeated(logit, params.repetition_penalty);
+        }
+        if self.count > 0 && (params.frequency_penalty != 0.0 || params.presence_penalty != 0.0) {
+            logit = counted(logit, params, self.count as usize);
+        }
+        logit
+    }
+}
+
+/// What penalties change in a vocabulary (after [`History::banned`] became minus infinity): every token of the history once, ascending; nothing if none is on.
+pub fn penalty_changes(
+    params: &SamplingParams,
+    history: History<'_>,
+    vocabulary: usize,
+) -> Result<Vec<PenaltyChange>, SampleError> {
+    if !are_on(params) {
+        return Ok(Vec::new());
+    }
+    known(history, vocabulary)?;
+    let prompt = history.prompt.iter().map(|&token| PenaltyChange { token, count: 0 });
+    let output = history.output.iter().map(|&token| PenaltyChange { token, count: 1 });
+    let mut changes: Vec<PenaltyChange> = prompt.chain(output).collect();
+    changes.sort_unstable_by_key(|change| change.token);
+    changes.dedup_by(|later, first| {
+        let same = later.token == first.token;
+        first.count += if same { later.count } else { 0 };
+        same
+    });
+    Ok(changes)
+}
+
+/// That the logits hold every token of the history.
+fn known(history: History<'_>, vocabulary: usize) -> Result<(), SampleError> {
+    match history.prompt.iter().chain(history.output).find(|&&token| token as usize >= vocabulary) {
+        Some(&token) => Err(SampleError::UnknownToken { token, vocabulary }),
+        None => Ok(()),
+    }
+}
+
+fn repeated(logit: f32, penalty: f32) -> f32 {
+    if logit > 0.0 { logit / penalty } else { logit * penalty }
+}
+
+fn counted(logit: f32, params: &SamplingParams, count: usize) -> f32 {
+    let logit = logit - params.frequency_penalty * count as f32;
+    logit - params.presence_penalty
+}
+
 /// Whether any penalty changes anything.
 pub(crate) fn are_on(params: &SamplingParams) -> bool {
     params.repetition_penalty != 1.0 || params.frequency_penalty != 0.0 || params.presence_penalty != 0.0
@@ -28,11 +92,7 @@ impl Penalties {
         params: &SamplingParams,
         history: History<'_>,
     ) -> Result<(), SampleError> {
-        if let Some(&token) =
-            history.prompt.iter().chain(history.output).find(|&&token| token as usize >= logits.len())
-        {
-            return Err(SampleError::UnknownToken { token, vocabulary: logits.len() });
-        }
+        known(history, logits.len())?;
         if params.repetition_penalty != 1.0 {
             self.repetition(logits, params.repetition_penalty, history);
         }
@@ -50,7 +110,7 @@ impl Penalties {
             if self.seen[word] & bit == 0 {
                 self.seen[word] |= bit;
                 let logit = &mut logits[token as usize];
-                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                *logit = repeated(*logit, penalty);
             }
         }
     }
@@ -61,8 +121,7 @@ impl Penalties {
         self.sorted.sort_unstable();
         for run in self.sorted.chunk_by(|a, b| a == b) {
             let logit = &mut logits[run[0] as usize];
-            *logit -= params.frequency_penalty * run.len() as f32;
-            *logit -= params.presence_penalty;
+            *logit = counted(*logit, params, run.len());
         }
     }
 }
@@ -128,6 +187,14 @@ mod tests {
                 ..Default::default()
             };
             let before = penalised(&logits, &params, &prompt, &output);
+            // Token by token, as a device applies them.
+            let mut one_by_one = logits.clone();
+            let history = History { prompt: &prompt, output: &output, ..History::default() };
+            for change in penalty_changes(&params, history, logits.len()).expect("known tokens") {
+                let logit = &mut one_by_one[change.token as usize];
+                *logit = change.apply(*logit, &params);
+            }
+            prop_assert_eq!(&before, &one_by_one);
             prompt.reverse();
             output.reverse();
             prop_assert_eq!(before, penalised(&logits, &params, &prompt, &output));

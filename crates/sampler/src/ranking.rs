@@ -17,9 +17,17 @@ const LANES: usize = 16;
 
 /// A token and its logit.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Candidate {
-    pub(crate) logit: f32,
-    pub(crate) token: TokenId,
+pub struct Candidate {
+    /// Its logit.
+    pub logit: f32,
+    /// The token.
+    pub token: TokenId,
+}
+
+/// Candidates by rank.
+pub(crate) trait Ranked {
+    /// The candidate at a rank; `None` beyond the limit and for minus infinities.
+    fn get(&mut self, rank: usize) -> Option<Candidate>;
 }
 
 fn preference(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
@@ -114,8 +122,14 @@ impl<'a> Ranking<'a> {
         Self { logits, limit, scanned, found }
     }
 
-    /// The candidate at a rank; `None` beyond the limit and for minus infinities.
-    pub(crate) fn get(&mut self, rank: usize) -> Option<Candidate> {
+    /// The candidates found so far: all, for a closed ranking.
+    pub(crate) fn found(&self) -> &[Candidate] {
+        self.found
+    }
+}
+
+impl Ranked for Ranking<'_> {
+    fn get(&mut self, rank: usize) -> Option<Candidate> {
         while rank >= self.found.len() {
             // A scan that found less than it was for has found all.
             if self.found.len() < self.scanned || self.scanned >= self.limit {
@@ -125,11 +139,6 @@ impl<'a> Ranking<'a> {
             most_preferred(self.logits, self.scanned, self.found);
         }
         Some(self.found[rank])
-    }
-
-    /// The candidates found so far: all, for a closed ranking.
-    pub(crate) fn found(&self) -> &[Candidate] {
-        self.found
     }
 }
 

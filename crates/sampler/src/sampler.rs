@@ -15,10 +15,11 @@ mod tests;
 use cadre_types::{Position, SamplingParams, SamplingParamsError, TokenId};
 
 use crate::{
+    found,
     logprobs::{LogSoftmax, TokenLogprob},
     penalties::{self, Penalties},
     philox::random_bits,
-    ranking::{self, Candidate, Ranking},
+    ranking::{self, Candidate, Ranked, Ranking},
     weight::{MAX_VOCABULARY, ONE, Scale, Weight},
 };
 
@@ -120,23 +121,33 @@ impl Sampler {
             let total = ranking.found().iter().map(|kept| scale.weight(kept.logit)).sum();
             (ranking, total)
         } else {
-            let needs_total = params.top_p < 1.0 || params.min_p == 0.0;
-            let total = if needs_total { scale.total(logits) } else { 0 };
+            let total = if found::needs_total(params, logits.len()) { scale.total(logits) } else { 0 };
             (Ranking::open(logits, &mut self.candidates), total)
         };
-        let kept = if params.top_p < 1.0 || params.min_p > 0.0 {
-            kept_weight(&mut ranking, scale, params, total)
-        } else {
-            total
-        };
-        // Uniform over 0..kept up to a bias of kept / 2^64.
-        let target = ((u128::from(bits) * u128::from(kept)) >> 64) as Weight;
-        walk_to(&mut ranking, scale, target)
+        draw_ranked(&mut ranking, scale, params, total, bits)
     }
 }
 
+/// One token from candidates in order, of whose weights `total` is the sum.
+pub(crate) fn draw_ranked(
+    ranking: &mut impl Ranked,
+    scale: Scale,
+    params: &SamplingParams,
+    total: Weight,
+    bits: u64,
+) -> TokenId {
+    let kept = if params.top_p < 1.0 || params.min_p > 0.0 {
+        kept_weight(ranking, scale, params, total)
+    } else {
+        total
+    };
+    // Uniform over 0..kept up to a bias of kept / 2^64.
+    let target = ((u128::from(bits) * u128::from(kept)) >> 64) as Weight;
+    walk_to(ranking, scale, target)
+}
+
 /// The weight of the prefix that top-p and min-p leave; the first candidate always stays.
-fn kept_weight(ranking: &mut Ranking<'_>, scale: Scale, params: &SamplingParams, total: Weight) -> Weight {
+fn kept_weight(ranking: &mut impl Ranked, scale: Scale, params: &SamplingParams, total: Weight) -> Weight {
     // Both thresholds are exact: F32 times a power of two. A top-p below 2^-32 keeps one candidate.
     let share = (f64::from(params.top_p) * (1_u64 << 32) as f64) as u64;
     let least = f64::from(params.min_p) * ONE as f64;
@@ -157,7 +168,7 @@ fn kept_weight(ranking: &mut Ranking<'_>, scale: Scale, params: &SamplingParams,
 }
 
 /// The candidate at which the cumulative weight exceeds the target.
-fn walk_to(ranking: &mut Ranking<'_>, scale: Scale, target: Weight) -> TokenId {
+fn walk_to(ranking: &mut impl Ranked, scale: Scale, target: Weight) -> TokenId {
     let mut cumulative = 0;
     let mut rank = 0;
     let mut token = 0;

@@ -1,15 +1,19 @@
 //! Frames in, rows out: merge by slot, run the grouped feed-forward in passes that fit the workspace,
 //! deal the rows back to their frames.
+//!
+//! A frame's rows go to the device once, from where they arrived, however many experts want them: an index
+//! says which row each pair takes. Results are put in the order of their frames by the device too, so that a
+//! frame's part of a pass is one copy into the memory that its answer is sent from.
 
 use std::{sync::Arc, time::Instant};
 
+use bytes::Bytes;
 use cadre_dispatch::{
     CombineFrame, DispatchFrame, Drive, Refusal, RefusalCode, ShardSignals, frame::first_not_finite,
 };
-use cadre_ops::{Backend, HostRows, OpsError, RowFormat, RowGroup, backend::Ffn};
+use cadre_ops::{Backend, EncodedRows, OpsError, PassLimits, PassRows, RowFormat, RowGroup};
 
 use crate::{
-    pool::BytePool,
     queue::Job,
     shard::Held,
     stats::{ShardStats, add},
@@ -29,49 +33,58 @@ pub(crate) struct Compute<B: Backend> {
     backend: Arc<B>,
     queue: B::Queue,
     hidden: usize,
-    max_rows: usize,
+    limits: PassLimits,
     workspace: Workspace<B>,
-    pool: BytePool,
     stats: Arc<ShardStats>,
     // Scratch, kept.
     wanted: Vec<Wanted>,
     groups: Vec<RowGroup>,
-    gather: Vec<usize>,
-    staged: Vec<u8>,
-    staged_scales: Vec<u8>,
-    scales: Vec<u8>,
+    input: Vec<u32>,
+    output: Vec<u32>,
+    shares: Vec<Share>,
+}
+
+/// What a frame has in a pass.
+#[derive(Clone, Copy, Debug, Default)]
+struct Share {
+    /// The frame's rows begin here among those received.
+    first_row: u32,
+    /// Its pairs, which follow each other: a pass takes a range of slots, and a frame's pairs ascend by slot.
+    first_pair: u32,
+    pairs: u32,
+    /// Where its results begin.
+    first_result: u32,
 }
 
 impl<B: Backend> Compute<B> {
     pub(crate) fn new(backend: Arc<B>, hidden: usize, stats: Arc<ShardStats>) -> Result<Self, OpsError> {
+        let workspace = Workspace::new(&*backend, hidden)?;
         Ok(Self {
             queue: backend.queue()?,
             backend,
             hidden,
-            max_rows: Workspace::<B>::max_rows(hidden),
-            workspace: Workspace::new(hidden),
-            pool: BytePool::default(),
+            limits: workspace.limits,
+            workspace,
             stats,
             wanted: Vec::new(),
             groups: Vec::new(),
-            gather: Vec::new(),
-            staged: Vec::new(),
-            staged_scales: Vec::new(),
-            scales: Vec::new(),
+            input: Vec::new(),
+            output: Vec::new(),
+            shares: Vec::new(),
         })
     }
 
-    /// Cuts batches into passes of this many rows.
+    /// Cuts batches into passes of this many rows and pairs.
     #[cfg(test)]
     pub(crate) fn set_max_rows(&mut self, rows: usize) {
-        self.max_rows = rows;
+        self.limits = PassLimits { rows, pairs: rows };
     }
 
     /// Computes frames of one layer under one placement and answers each, down to the sockets if it drives
     /// them. `queued` says how many pairs wait when it is done.
     pub(crate) fn run(
         &mut self,
-        mut jobs: Vec<Job<B::Weight>>,
+        mut jobs: Vec<Job<B>>,
         queued: impl Fn() -> usize,
         drive: Option<&dyn Drive>,
     ) {
@@ -93,7 +106,7 @@ impl<B: Backend> Compute<B> {
             Ok(rows) => {
                 let queued_tokens = micros(queued() as u128);
                 let format = RowFormat::combine(self.backend.class());
-                let bytes = rows.iter().map(Vec::len).sum();
+                let bytes = rows.iter().map(Bytes::len).sum();
                 let mut answers = jobs.into_iter().zip(rows);
                 let mut send = || {
                     for (job, rows) in answers.by_ref() {
@@ -103,7 +116,6 @@ impl<B: Backend> Compute<B> {
                         add(&self.stats.queue_micros, waited as usize);
                         let signals =
                             ShardSignals { queue_micros: waited, compute_micros: took, queued_tokens };
-                        let rows = self.pool.lend(rows);
                         job.reply.send(Ok(CombineFrame { format, rows, signals }));
                     }
                 };
@@ -125,7 +137,7 @@ impl<B: Backend> Compute<B> {
 
     /// Counts and names results that are not finite although what came was. They are sent all the same: whether it is
     /// this shard or the activations that overflow, only the worker can tell, by another copy.
-    fn look_for_not_finite(&self, frames: &[&DispatchFrame], held: &Held<B::Weight>, rows: &[Vec<u8>]) {
+    fn look_for_not_finite(&self, frames: &[&DispatchFrame], held: &Held<B>, rows: &[Bytes]) {
         let format = RowFormat::combine(self.backend.class());
         for (frame, rows) in frames.iter().zip(rows) {
             let Some(at) = first_not_finite(format, rows) else { continue };
@@ -145,35 +157,23 @@ impl<B: Backend> Compute<B> {
     }
 
     /// The rows of each frame, in its pair order.
-    fn rows(&mut self, frames: &[&DispatchFrame], held: &Held<B::Weight>) -> Result<Vec<Vec<u8>>, OpsError> {
+    fn rows(&mut self, frames: &[&DispatchFrame], held: &Held<B>) -> Result<Vec<Bytes>, OpsError> {
         let width = RowFormat::combine(self.backend.class()).row_bytes(self.hidden);
-        let mut rows: Vec<Vec<u8>> = frames.iter().map(|_| self.pool.take()).collect();
-        let experts = held.experts(frames[0].layer);
+        let backend = self.backend.clone();
+        let answer = |frame: &&DispatchFrame| backend.staging(frame.pairs() * width);
+        let mut answers = frames.iter().map(answer).collect::<Result<Vec<_>, _>>()?;
+        let Some(experts) = held.experts(frames[0].layer) else {
+            // Only a probe of a layer without experts here: it has no pairs.
+            return Ok(answers.into_iter().map(Bytes::from_owner).collect());
+        };
         self.order(frames);
         let wanted = std::mem::take(&mut self.wanted);
-        let one_pass = wanted.len() <= self.max_rows;
-        for pass in wanted.chunks(self.max_rows) {
-            let mut results = match &mut rows[..] {
-                // The only pass over the only frame: its rows come down in their final order.
-                [only] if one_pass => std::mem::take(only),
-                _ => self.pool.take(),
-            };
-            self.pass(frames, pass, experts, &mut results)?;
-            match &mut rows[..] {
-                [only] if one_pass => *only = results,
-                _ => {
-                    for (wanted, row) in pass.iter().zip(results.chunks_exact(width.max(1))) {
-                        let frame = wanted.frame as usize;
-                        rows[frame].resize(frames[frame].pairs() * width, 0);
-                        let at = wanted.pair as usize * width;
-                        rows[frame][at..at + width].copy_from_slice(row);
-                    }
-                    self.pool.give_back(results);
-                }
-            }
-        }
+        let result = self.passes(frames, &wanted, experts, width, &mut answers);
         self.wanted = wanted;
-        Ok(rows)
+        // Also after a failure: the device must be done with the frames' and the answers' memory.
+        let done = backend.synchronize(&mut self.queue);
+        result.and(done)?;
+        Ok(answers.into_iter().map(Bytes::from_owner).collect())
     }
 
     /// All pairs, by slot. Those of one frame are in that order already.
@@ -192,69 +192,110 @@ impl<B: Backend> Compute<B> {
         }
     }
 
-    /// Computes one pass into `results`.
-    fn pass(
+    fn passes(
         &mut self,
         frames: &[&DispatchFrame],
-        pass: &[Wanted],
-        experts: &[Arc<Ffn<B::Weight>>],
-        results: &mut Vec<u8>,
+        wanted: &[Wanted],
+        experts: &B::ExpertTable,
+        width: usize,
+        answers: &mut [B::Staging],
     ) -> Result<(), OpsError> {
-        let mut used: Vec<&Ffn<B::Weight>> = Vec::new();
-        self.groups.clear();
-        for (row, wanted) in pass.iter().enumerate() {
-            let starts = row == 0 || pass[row - 1].slot != wanted.slot;
-            if starts {
-                self.groups.push(RowGroup { expert: used.len(), first_row: row, rows: 0 });
-                used.push(&experts[wanted.slot as usize]);
+        let tokens: usize = frames.iter().map(|frame| frame.tokens).sum();
+        let whole = tokens <= self.limits.rows;
+        self.shares.clear();
+        self.shares.resize(frames.len(), Share::default());
+        if whole {
+            let mut first_row = 0;
+            for (index, frame) in frames.iter().enumerate() {
+                self.shares[index].first_row = first_row as u32;
+                let rows = self.encoded(frame, 0..frame.tokens);
+                let received = &mut self.workspace.received;
+                self.backend.upload_rows(&mut self.queue, &rows, first_row, received)?;
+                first_row += frame.tokens;
             }
-            if let Some(group) = self.groups.last_mut() {
-                group.rows += 1;
+        }
+        // A pair needs one row at most.
+        for pass in wanted.chunks(self.limits.pairs.min(if whole { usize::MAX } else { self.limits.rows })) {
+            self.describe(frames, pass);
+            if !whole {
+                self.upload_wanted(frames, pass)?;
+            }
+            let Self { backend, queue, workspace, input, output, groups, .. } = self;
+            backend.begin_pass(queue, &PassRows { input, output, groups }, &mut workspace.pass)?;
+            let (received, results) = (&workspace.received, &mut workspace.results);
+            backend.grouped_ffn(queue, &workspace.pass, experts, received, results)?;
+            for (share, answer) in self.shares.iter().zip(&mut *answers).filter(|(share, _)| share.pairs > 0)
+            {
+                let first = share.first_result as usize;
+                let rows = first..first + share.pairs as usize;
+                let at = share.first_pair as usize * width;
+                backend.download_activations(queue, results, rows, answer, at)?;
             }
         }
-        let whole = frames.len() == 1 && pass.len() == frames[0].pairs();
-        let direct = whole && frames[0].tokens <= self.max_rows;
-        let rows = if direct { pass.len().max(frames[0].tokens) } else { pass.len() };
-        if !direct {
-            self.stage(frames, pass);
-        }
-        let backend = self.backend.clone();
-        let buffers = self.workspace.buffers(&backend, rows)?;
-        let queue = &mut self.queue;
-        let format = RowFormat::dispatch(backend.class());
-        let cols = self.hidden;
-        if direct {
-            let frame = frames[0];
-            let (data, scales) = (&frame.data[..], &frame.scales[..]);
-            let upload = HostRows { format, rows: frame.tokens, cols, data, scales };
-            backend.upload_rows(queue, upload, &mut buffers.received)?;
-            self.gather.clear();
-            self.gather.extend(frames[0].pair_tokens.iter().map(|&token| token as usize));
-            backend.gather_rows(queue, &buffers.received, &self.gather, &mut buffers.gathered)?;
-        } else {
-            let (data, scales) = (&self.staged[..], &self.staged_scales[..]);
-            let upload = HostRows { format, rows: pass.len(), cols, data, scales };
-            backend.upload_rows(queue, upload, &mut buffers.gathered)?;
-        }
-        backend.grouped_ffn(queue, &buffers.gathered, &used, &self.groups, &mut buffers.results)?;
-        let combine = RowFormat::combine(backend.class());
-        backend.download_rows(queue, &buffers.results, pass.len(), combine, results, &mut self.scales)
+        Ok(())
     }
 
-    /// Copies the encoded rows of a pass together, one per pair: passes over several frames, or over
-    /// a part of one.
-    fn stage(&mut self, frames: &[&DispatchFrame], pass: &[Wanted]) {
-        let format = RowFormat::dispatch(self.backend.class());
-        let (width, scale_width) = (format.row_bytes(self.hidden), 4 * format.row_scales(self.hidden));
-        self.staged.clear();
-        self.staged_scales.clear();
-        for wanted in pass {
-            let frame = frames[wanted.frame as usize];
-            let token = frame.pair_tokens[wanted.pair as usize] as usize;
-            self.staged.extend_from_slice(&frame.data[token * width..(token + 1) * width]);
-            self.staged_scales
-                .extend_from_slice(&frame.scales[token * scale_width..(token + 1) * scale_width]);
+    /// Groups, inputs and outputs of a pass. Inputs are rows of all frames together, as if all were received.
+    fn describe(&mut self, frames: &[&DispatchFrame], pass: &[Wanted]) {
+        self.groups.clear();
+        for share in &mut self.shares {
+            share.pairs = 0;
         }
+        for wanted in pass {
+            match self.groups.last_mut() {
+                Some(group) if group.expert == wanted.slot as usize => group.rows += 1,
+                _ => self.groups.push(RowGroup { expert: wanted.slot as usize, rows: 1 }),
+            }
+            let share = &mut self.shares[wanted.frame as usize];
+            if share.pairs == 0 {
+                share.first_pair = wanted.pair;
+            }
+            share.pairs += 1;
+        }
+        let mut first_result = 0;
+        for share in &mut self.shares {
+            share.first_result = first_result;
+            first_result += share.pairs;
+        }
+        self.input.clear();
+        self.output.clear();
+        for wanted in pass {
+            let share = &self.shares[wanted.frame as usize];
+            let token = frames[wanted.frame as usize].pair_tokens[wanted.pair as usize];
+            self.input.push(share.first_row + token);
+            self.output.push(share.first_result + wanted.pair - share.first_pair);
+        }
+    }
+
+    /// Uploads the rows that a pass wants, each once, when not all can be on the device together; inputs then
+    /// number those.
+    fn upload_wanted(&mut self, frames: &[&DispatchFrame], pass: &[Wanted]) -> Result<(), OpsError> {
+        let token = |wanted: &Wanted| frames[wanted.frame as usize].pair_tokens[wanted.pair as usize];
+        let mut rows: Vec<(u32, u32)> = pass.iter().map(|wanted| (wanted.frame, token(wanted))).collect();
+        rows.sort_unstable();
+        rows.dedup();
+        let mut first_row = 0;
+        // Rows that follow each other in a frame go together.
+        for run in rows.chunk_by(|a, b| a.0 == b.0 && a.1 + 1 == b.1) {
+            let (frame, first) = (run[0].0 as usize, run[0].1 as usize);
+            let encoded = self.encoded(frames[frame], first..first + run.len());
+            let received = &mut self.workspace.received;
+            self.backend.upload_rows(&mut self.queue, &encoded, first_row, received)?;
+            first_row += run.len();
+        }
+        for (input, wanted) in self.input.iter_mut().zip(pass) {
+            *input = rows.partition_point(|row| *row < (wanted.frame, token(wanted))) as u32;
+        }
+        Ok(())
+    }
+
+    /// Some rows of a frame, where they arrived.
+    fn encoded(&self, frame: &DispatchFrame, rows: std::ops::Range<usize>) -> EncodedRows {
+        let (format, cols) = (frame.format, self.hidden);
+        let cut = |bytes: &Bytes, width: usize| bytes.slice(rows.start * width..rows.end * width);
+        let data = cut(&frame.data, format.row_bytes(cols));
+        let scales = cut(&frame.scales, 4 * format.row_scales(cols));
+        EncodedRows { format, rows: rows.len(), cols, data, scales }
     }
 }
 

@@ -5,11 +5,11 @@
 //! same layer are merged into one grouped feed-forward; every frame gets the rows that it would get alone,
 //! because each row's result depends on nothing but that row and its expert.
 //!
-//! Memory is the experts' weights, plus [`workspace::WORKSPACE_BYTES`] of buffers, plus
+//! Memory is the experts' weights, plus buffers for a pass (as large as the backend says), plus
 //! [`queue::QUEUE_BYTES`] of waiting frames.
 
+pub mod any;
 pub mod compute;
-pub mod pool;
 pub mod queue;
 pub mod self_test;
 pub mod shard;
@@ -17,6 +17,7 @@ pub mod source;
 pub mod stats;
 pub mod workspace;
 
+pub use any::AnyShard;
 pub use self_test::SelfTestError;
 pub use shard::{ApplyError, Progress, Shard, ShardOptions};
 pub use source::{CheckpointSource, ExpertSource, Loaded, SourceError};

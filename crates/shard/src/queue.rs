@@ -14,6 +14,7 @@ use std::{
 };
 
 use cadre_dispatch::{DispatchFrame, Drive, Reply};
+use cadre_ops::Backend;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::sync::Notify;
 
@@ -34,16 +35,16 @@ const MERGED_TOKENS: usize = 4096;
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 /// An accepted frame.
-pub(crate) struct Job<W> {
+pub(crate) struct Job<B: Backend> {
     pub(crate) frame: DispatchFrame,
     pub(crate) reply: Reply,
     /// The placement under which it was accepted, and is computed.
-    pub(crate) held: Arc<Held<W>>,
+    pub(crate) held: Arc<Held<B>>,
     pub(crate) accepted: Instant,
 }
 
-struct State<W> {
-    jobs: VecDeque<Job<W>>,
+struct State<B: Backend> {
+    jobs: VecDeque<Job<B>>,
     bytes: usize,
     pairs: usize,
     /// The thread is computing.
@@ -51,8 +52,8 @@ struct State<W> {
     closed: bool,
 }
 
-pub(crate) struct Queue<W> {
-    state: Mutex<State<W>>,
+pub(crate) struct Queue<B: Backend> {
+    state: Mutex<State<B>>,
     changed: Condvar,
     /// A frame came, or the queue was closed: for a thread that waits by driving I/O.
     arrived: Notify,
@@ -69,7 +70,7 @@ pub(crate) enum Full {
     Closed,
 }
 
-impl<W> Queue<W> {
+impl<B: Backend> Queue<B> {
     pub(crate) fn new() -> Self {
         let state = State { jobs: VecDeque::new(), bytes: 0, pairs: 0, busy: false, closed: false };
         Self { state: Mutex::new(state), changed: Condvar::new(), arrived: Notify::new() }
@@ -80,7 +81,7 @@ impl<W> Queue<W> {
         clippy::result_large_err,
         reason = "the job comes back to be answered; it is not boxed to please the rare path"
     )]
-    pub(crate) fn push(&self, job: Job<W>) -> Result<(), (Job<W>, Full)> {
+    pub(crate) fn push(&self, job: Job<B>) -> Result<(), (Job<B>, Full)> {
         let mut state = self.state.lock();
         let bytes = job.frame.payload_bytes();
         if state.closed {
@@ -108,7 +109,7 @@ impl<W> Queue<W> {
 
     /// Waits for frames, driving I/O meanwhile; the oldest and what merges with it. `None` once closed. The
     /// caller is busy until it calls again.
-    pub(crate) fn take(&self, drive: Option<&dyn Drive>) -> Option<Vec<Job<W>>> {
+    pub(crate) fn take(&self, drive: Option<&dyn Drive>) -> Option<Vec<Job<B>>> {
         let mut state = self.state.lock();
         state.busy = false;
         self.changed.notify_all();
@@ -161,7 +162,7 @@ impl<W> Queue<W> {
 }
 
 /// The first job (already popped) with all that merge with it, in order of arrival.
-fn merge<W>(state: &mut State<W>, first: Job<W>) -> Vec<Job<W>> {
+fn merge<B: Backend>(state: &mut State<B>, first: Job<B>) -> Vec<Job<B>> {
     let mut tokens = first.frame.tokens;
     let mut batch = vec![first];
     let mut at = 0;

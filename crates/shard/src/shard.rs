@@ -50,7 +50,7 @@ struct Inner<B: Backend> {
     backend: Arc<B>,
     source: Arc<dyn ExpertSource<B>>,
     /// Ascending by epoch: rarely more than the one in force, the one before and the one to come.
-    held: RwLock<Vec<Arc<Held<B::Weight>>>>,
+    held: RwLock<Vec<Arc<Held<B>>>>,
     /// One placement is loaded at a time.
     loading: Mutex<()>,
     /// Epoch of the placement in force; 0 for none.
@@ -66,41 +66,41 @@ struct Inner<B: Backend> {
 /// Who computes: the submitting thread, or the shard's own.
 enum Executor<B: Backend> {
     Inline(Mutex<Compute<B>>),
-    Queue(Arc<Queue<B::Weight>>),
+    Queue(Arc<Queue<B>>),
 }
 
 /// What is loaded under one placement.
-pub(crate) struct Held<W> {
+pub(crate) struct Held<B: Backend> {
     pub(crate) contract: ShardContract,
     /// Of the placement: an epoch means one placement, unless a coordinator has lost its memory.
     digest: u64,
-    /// By position in `contract.slots`, then by slot.
-    slots: Vec<Vec<Arc<Ffn<W>>>>,
+    /// By position in `contract.slots`; each is by slot.
+    tables: Vec<B::ExpertTable>,
     /// Names of the same, for errors.
     names: Vec<Vec<LogicalExpert>>,
-    experts: HashMap<ExpertKey, Arc<Ffn<W>>>,
+    experts: HashMap<ExpertKey, Arc<Ffn<B::Weight>>>,
     /// Of the bytes that each expert was packed from.
     digests: HashMap<ExpertKey, u64>,
 }
 
-impl<W> Held<W> {
+impl<B: Backend> Held<B> {
     /// Nothing loaded.
     #[cfg(test)]
     pub(crate) fn empty(contract: ShardContract) -> Self {
         Self {
             contract,
             digest: 0,
-            slots: Vec::new(),
+            tables: Vec::new(),
             names: Vec::new(),
             experts: HashMap::new(),
             digests: HashMap::new(),
         }
     }
 
-    /// The experts of a layer by slot.
-    pub(crate) fn experts(&self, layer: LayerId) -> &[Arc<Ffn<W>>] {
+    /// The experts of a layer; `None` if none of them is placed here.
+    pub(crate) fn experts(&self, layer: LayerId) -> Option<&B::ExpertTable> {
         let at = self.contract.slots.binary_search_by_key(&layer, |(layer, _)| *layer);
-        at.map_or(&[], |at| self.slots[at].as_slice())
+        at.ok().and_then(|at| self.tables.get(at))
     }
 
     /// Which expert a slot holds.
@@ -141,6 +141,16 @@ pub enum ApplyError {
         key: ExpertKey,
         /// Why.
         source: SourceError,
+    },
+    /// The experts of a layer do not go together.
+    #[error("apply {epoch}: {layer}: {source}")]
+    Table {
+        /// The placement.
+        epoch: PlacementEpoch,
+        /// The layer.
+        layer: LayerId,
+        /// What the backend said.
+        source: OpsError,
     },
     /// The shard was told to stop meanwhile, or the placement is not wanted any more.
     #[error("apply {epoch}: given up")]
@@ -347,7 +357,7 @@ impl<B: Backend> Inner<B> {
         })
     }
 
-    fn held(&self, epoch: PlacementEpoch) -> Option<Arc<Held<B::Weight>>> {
+    fn held(&self, epoch: PlacementEpoch) -> Option<Arc<Held<B>>> {
         self.held.read().iter().find(|held| held.contract.generation.epoch == epoch).cloned()
     }
 
@@ -401,7 +411,7 @@ impl<B: Backend> Inner<B> {
     }
 
     /// What the frame is computed with, or why not.
-    fn admit(&self, frame: &DispatchFrame) -> Result<Arc<Held<B::Weight>>, Refusal> {
+    fn admit(&self, frame: &DispatchFrame) -> Result<Arc<Held<B>>, Refusal> {
         let (shard, layer) = (self.options.shard, frame.layer);
         if self.draining.load(Ordering::Acquire) {
             let what = format!("{shard}, {layer}: draining");
@@ -460,8 +470,8 @@ impl<B: Backend> Inner<B> {
 
         let mut experts = HashMap::with_capacity(sizes.len());
         let mut digests = HashMap::with_capacity(sizes.len());
-        let mut slots = Vec::with_capacity(layers.len());
-        for (_, keys) in &layers {
+        let mut tables = Vec::with_capacity(layers.len());
+        for (layer, keys) in &layers {
             let mut row = Vec::with_capacity(keys.len());
             for &key in keys {
                 if self.stopping.load(Ordering::Acquire) || given_up.load(Ordering::Acquire) {
@@ -480,7 +490,8 @@ impl<B: Backend> Inner<B> {
                 experts.insert(key, ffn.clone());
                 row.push(ffn);
             }
-            slots.push(row);
+            let table = self.backend.expert_table(row);
+            tables.push(table.map_err(|source| ApplyError::Table { epoch, layer: *layer, source })?);
         }
         let contract = ShardContract {
             shard,
@@ -489,7 +500,7 @@ impl<B: Backend> Inner<B> {
             slots: layers.iter().map(|(layer, keys)| (*layer, keys.len())).collect(),
         };
         let names = layers.iter().map(|(_, keys)| keys.iter().map(|key| key.expert).collect()).collect();
-        let new = Arc::new(Held { contract, digest: placement.digest(), slots, names, experts, digests });
+        let new = Arc::new(Held { contract, digest: placement.digest(), tables, names, experts, digests });
         let mut held = self.held.write();
         held.retain(|held| held.contract.generation.epoch != epoch);
         let at = held.partition_point(|held| held.contract.generation.epoch < epoch);
@@ -499,10 +510,10 @@ impl<B: Backend> Inner<B> {
 }
 
 /// The compute thread.
-fn serve<B: Backend>(queue: &Arc<Queue<B::Weight>>, mut compute: Compute<B>, drive: Option<&dyn Drive>) {
+fn serve<B: Backend>(queue: &Arc<Queue<B>>, mut compute: Compute<B>, drive: Option<&dyn Drive>) {
     /// Closes the queue even if a backend panics, so that frames are refused instead of waiting.
-    struct Close<'a, W>(&'a Queue<W>);
-    impl<W> Drop for Close<'_, W> {
+    struct Close<'a, B: Backend>(&'a Queue<B>);
+    impl<B: Backend> Drop for Close<'_, B> {
         fn drop(&mut self) {
             self.0.close();
         }

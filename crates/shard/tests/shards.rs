@@ -20,12 +20,13 @@ use cadre_dispatch::{
     tuning,
 };
 use cadre_ops::{
-    Backend, DispatchBatch, ExpertExchange, ExpertRows, HostRows, RowFormat, reference::ReferenceBackend,
+    Backend, DispatchBatch, EncodedRows, ExpertExchange, ExpertRows, RowFormat, RowLayout,
+    reference::ReferenceBackend,
 };
 use cadre_shard::{CheckpointSource, Shard, ShardOptions};
 use cadre_types::{
     ClusterView, Generation, LayerPlacement, LogicalExpert, Member, MemberId, MemberState, NumericsClass,
-    Placement, PlacementEpoch, Role, ShardIndex,
+    Placement, PlacementEpoch, Role, ShardIndex, config::ScaleFormat,
 };
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -63,8 +64,7 @@ struct Bench {
     checkpoint: Arc<Checkpoint>,
     class: NumericsClass,
     backend: Arc<ReferenceBackend>,
-    data: Vec<u8>,
-    scales: Vec<u8>,
+    activations: EncodedRows,
     topk_idx: Vec<u16>,
 }
 
@@ -76,17 +76,16 @@ impl Bench {
         let config = checkpoint.config();
         let (hidden, top_k) = (config.hidden_size, config.num_experts_per_tok);
         // Values go through the backend's own encoder, as a worker's do.
-        let values: Vec<u8> = (0..TOKENS * hidden)
-            .flat_map(|at| (((at * 31 % 97) as f32 - 48.0) / 32.0).to_le_bytes())
-            .collect();
-        let rows =
-            HostRows { format: RowFormat::F32, rows: TOKENS, cols: hidden, data: &values, scales: &[] };
+        let values: Vec<f32> = (0..TOKENS * hidden).map(|at| ((at * 31 % 97) as f32 - 48.0) / 32.0).collect();
         let mut queue = backend.queue().unwrap();
-        let mut x = backend.alloc(TOKENS, hidden).unwrap();
-        backend.upload_rows(&mut queue, rows, &mut x).unwrap();
-        let (mut data, mut scales) = (Vec::new(), Vec::new());
+        let mut x = backend.alloc_activations(TOKENS, hidden).unwrap();
+        backend.write_activations(&mut queue, &values, &mut x).unwrap();
+        let mut rows = backend.alloc_rows(TOKENS, hidden).unwrap();
+        backend.encode(&mut queue, &x, TOKENS, ScaleFormat::F32, &mut rows).unwrap();
         let format = RowFormat::dispatch(class);
-        backend.download_rows(&mut queue, &x, TOKENS, format, &mut data, &mut scales).unwrap();
+        let mut memory = backend.staging(RowLayout::of(format, TOKENS, hidden).bytes).unwrap();
+        backend.download_rows(&mut queue, &rows, TOKENS, &mut memory, 0).unwrap();
+        let activations = EncodedRows::in_memory(memory, format, TOKENS, hidden);
         let mut topk_idx = Vec::new();
         for token in 0..TOKENS {
             let mut chosen: Vec<u16> = (0..top_k)
@@ -95,7 +94,7 @@ impl Bench {
             chosen.sort_unstable();
             topk_idx.extend(chosen);
         }
-        Self { checkpoint: checkpoint.clone(), class, backend, data, scales, topk_idx }
+        Self { checkpoint: checkpoint.clone(), class, backend, activations, topk_idx }
     }
 
     fn weights(&self) -> Generation {
@@ -156,22 +155,15 @@ impl Bench {
         let mut all = Vec::new();
         let mut out = ExpertRows::default();
         for layer in config.moe_layers() {
-            let activations = HostRows {
-                format: RowFormat::dispatch(self.class),
-                rows: TOKENS,
-                cols: config.hidden_size,
-                data: &self.data,
-                scales: &self.scales,
-            };
             let batch = DispatchBatch {
                 layer,
-                activations,
+                activations: &self.activations,
                 top_k: config.num_experts_per_tok,
                 topk_idx: &self.topk_idx,
             };
             let ticket = dispatcher.dispatch(batch).unwrap();
             dispatcher.combine(ticket, &mut out).unwrap();
-            all.extend_from_slice(&out.data);
+            all.extend(out.in_order());
         }
         all
     }

@@ -7,11 +7,11 @@
 use std::{path::Path, sync::Arc};
 
 use cadre_checkpoint::{Checkpoint, CheckpointError};
+use cadre_device::{BackendOptions, Device, DeviceError, Isa, OnBackend};
 use cadre_dispatch::{DispatchConfig, DispatchHandle, Dispatcher, LocalConnector};
 use cadre_engine::{Engine, EngineHandle, EngineParts, EngineStartError};
 use cadre_model::{LoadOptions, Model, loader::LoadError};
-use cadre_ops::OpsError;
-use cadre_ops_cpu::{CpuBackend, CpuOptions, Isa};
+use cadre_ops::{Backend, OpsError};
 use cadre_placement::{ExpertLoad, PlanError, affordable_copies, plan_initial};
 use cadre_scheduler::SchedulerConfig;
 use cadre_shard::{ApplyError, CheckpointSource, Shard, ShardOptions};
@@ -28,6 +28,8 @@ pub const DEFAULT_KV_PAGES: u32 = 2048;
 pub struct InProcessOptions {
     /// The numerics class.
     pub class: NumericsClass,
+    /// What it computes on; absent takes what the machine has.
+    pub device: Option<Device>,
     /// Threads, the engine's included; absent takes what the machine allows.
     pub threads: Option<usize>,
     /// Instruction set; absent takes the best.
@@ -47,6 +49,7 @@ impl InProcessOptions {
     pub fn new(class: NumericsClass) -> Self {
         Self {
             class,
+            device: None,
             threads: None,
             isa: None,
             shards: 1,
@@ -65,7 +68,7 @@ pub enum InProcessError {
     Checkpoint(#[from] CheckpointError),
     /// No backend, for instance because the machine lacks the instruction set.
     #[error(transparent)]
-    Backend(OpsError),
+    Device(#[from] DeviceError),
     /// The model has no experts to place.
     #[error(transparent)]
     Experts(#[from] cadre_placement::LoadError),
@@ -106,30 +109,13 @@ impl InProcess {
     /// Loads a checkpoint and starts an engine over it. Blocks while loading.
     pub fn open(dir: &Path, options: &InProcessOptions) -> Result<Self, InProcessError> {
         let checkpoint = Arc::new(Checkpoint::open(dir)?);
-        let cpu = CpuOptions { threads: options.threads, isa: options.isa, ..CpuOptions::new(options.class) };
-        let backend = Arc::new(CpuBackend::new(cpu).map_err(InProcessError::Backend)?);
-        let config = checkpoint.config().clone();
-        let placement = Arc::new(plan(&config, options)?);
-        let generation =
-            Generation { model: checkpoint.model_hash(), numerics: options.class, epoch: placement.epoch() };
-        let model = Model::load(Arc::clone(&backend), &checkpoint, &LoadOptions { mtp: false }, &mut |_| {})?;
-        let connector = LocalConnector::default();
-        for index in 0..placement.num_shards() {
-            let shard = shard_index(index);
-            let options = ShardOptions { shard, weights: generation, hidden: config.hidden_size };
-            let source = CheckpointSource::new(Arc::clone(&backend), Arc::clone(&checkpoint));
-            let served = Shard::inline(options, Arc::clone(&backend), Arc::new(source))
-                .map_err(|source| InProcessError::Shard { shard, source })?;
-            served.apply(&placement)?;
-            connector.register(local_address(shard), Arc::new(served));
-        }
-        let dispatcher = Dispatcher::new(DispatchConfig::default(), generation, Arc::new(connector.clone()));
-        let dispatch = dispatcher.handle();
-        dispatch.update(Arc::new(view(generation, placement)));
-        let scheduler =
-            options.scheduler.clone().unwrap_or_else(|| SchedulerConfig::with_pages(options.kv_pages));
-        let engine = Engine::spawn(EngineParts::new(model, scheduler, Box::new(dispatcher)))?;
-        Ok(Self { engine, dispatch, connector, config, generation })
+        let backend = BackendOptions {
+            device: options.device,
+            class: options.class,
+            threads: options.threads,
+            isa: options.isa,
+        };
+        cadre_device::open(&backend, Parts { checkpoint, options })?
     }
 
     /// Submits work.
@@ -155,6 +141,42 @@ impl InProcess {
     /// Makes a shard unreachable, as if its process had died: frames to it fail and go to other copies.
     pub fn lose_shard(&self, shard: ShardIndex) {
         self.connector.unregister(&local_address(shard));
+    }
+}
+
+/// What an engine is made of, but for the backend.
+struct Parts<'a> {
+    checkpoint: Arc<Checkpoint>,
+    options: &'a InProcessOptions,
+}
+
+impl OnBackend for Parts<'_> {
+    type Output = Result<InProcess, InProcessError>;
+
+    fn run<B: Backend>(self, backend: Arc<B>) -> Self::Output {
+        let Self { checkpoint, options } = self;
+        let config = checkpoint.config().clone();
+        let placement = Arc::new(plan(&config, options)?);
+        let generation =
+            Generation { model: checkpoint.model_hash(), numerics: options.class, epoch: placement.epoch() };
+        let model = Model::load(Arc::clone(&backend), &checkpoint, &LoadOptions { mtp: false }, &mut |_| {})?;
+        let connector = LocalConnector::default();
+        for index in 0..placement.num_shards() {
+            let shard = shard_index(index);
+            let options = ShardOptions { shard, weights: generation, hidden: config.hidden_size };
+            let source = CheckpointSource::new(Arc::clone(&backend), Arc::clone(&checkpoint));
+            let served = Shard::inline(options, Arc::clone(&backend), Arc::new(source))
+                .map_err(|source| InProcessError::Shard { shard, source })?;
+            served.apply(&placement)?;
+            connector.register(local_address(shard), Arc::new(served));
+        }
+        let dispatcher = Dispatcher::new(DispatchConfig::default(), generation, Arc::new(connector.clone()));
+        let dispatch = dispatcher.handle();
+        dispatch.update(Arc::new(view(generation, placement)));
+        let scheduler =
+            options.scheduler.clone().unwrap_or_else(|| SchedulerConfig::with_pages(options.kv_pages));
+        let engine = Engine::spawn(EngineParts::new(model, scheduler, Box::new(dispatcher)))?;
+        Ok(InProcess { engine, dispatch, connector, config, generation })
     }
 }
 

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use cadre_device::Device;
 use cadre_ops::RowFormat;
 use cadre_proto::secret::ClusterSecret;
 use cadre_scheduler::{PAGE_TOKENS, SchedulerConfig};
@@ -36,6 +37,8 @@ pub struct WorkerOptions {
     pub admin: SocketAddr,
     /// The numerics class; the coordinator refuses another than its own.
     pub numerics: NumericsClass,
+    /// What it computes on; absent takes what the machine has.
+    pub device: Option<Device>,
     /// Threads of the backend; absent takes what the machine or its container allows.
     pub threads: Option<NonZeroUsize>,
     /// Bytes of the latent KV cache; the number of pages follows.
@@ -66,6 +69,7 @@ impl WorkerOptions {
             advertise: None,
             admin: any_port,
             numerics: NumericsClass::default(),
+            device: None,
             threads: None,
             kv_bytes: DEFAULT_KV_BYTES,
             max_step_tokens: SchedulerConfig::with_pages(1).max_step_tokens,

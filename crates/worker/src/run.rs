@@ -19,11 +19,11 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 use cadre_checkpoint::Checkpoint;
+use cadre_device::BackendOptions;
 use cadre_dispatch::{
     DispatchConfig, DispatchHandle, Dispatcher, ExpertLoadWindow, GrpcConnector, IoThread, Membership, tuning,
 };
 use cadre_engine::{Engine, EngineHandle};
-use cadre_ops_cpu::CpuOptions;
 use cadre_scheduler::SchedulerConfig;
 use cadre_telemetry::{Metrics, Readiness, admin, axum};
 use cadre_types::{ClusterView, Generation, MemberState, PlacementEpoch, Role, advertised};
@@ -236,9 +236,10 @@ impl Worker {
         let checkpoint = self.checkpoint.take().ok_or_else(|| anyhow!("weights are loaded once"))?;
         let load = Load {
             checkpoint,
-            cpu: CpuOptions {
-                threads: options.threads.map(usize::from),
-                ..CpuOptions::new(options.numerics)
+            backend: BackendOptions {
+                device: options.device,
+                threads: options.threads.map(std::num::NonZeroUsize::get),
+                ..BackendOptions::new(options.numerics)
             },
             scheduler: self.scheduler.clone(),
             dispatcher,

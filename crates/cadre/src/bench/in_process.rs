@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use cadre_device::Device;
 use cadre_engine::{EngineEvent, EngineHandle, PrefillPlace, SequenceRequest};
 use cadre_types::{FinishReason, NumericsClass, SamplingParams, StopConditions};
 use cadre_worker::inprocess::{InProcess as Parts, InProcessOptions};
@@ -26,6 +27,9 @@ pub(crate) struct InProcessArgs {
     /// The checkpoint of the engine.
     #[arg(long, value_name = "DIR", default_value = "models/pocket", requires = "in_process")]
     pub(crate) model: PathBuf,
+    /// What the engine computes on: cpu or cuda:N. [default: what the machine has]
+    #[arg(long, value_name = "DEVICE", requires = "in_process")]
+    device: Option<Device>,
     /// Compute threads of the engine. [default: what the machine or its container allows]
     #[arg(long, value_name = "N", requires = "in_process")]
     threads: Option<NonZeroUsize>,
@@ -51,6 +55,7 @@ impl InProcess {
         let pages_each = (shape.prompt + shape.generate as usize).div_ceil(PAGE_TOKENS);
         let pages = u32::try_from(pages_each * streams).context("the KV cache of this load is too large")?;
         let options = InProcessOptions {
+            device: args.device,
             threads: args.threads.map(NonZeroUsize::get),
             shards: args.shards,
             kv_pages: pages,

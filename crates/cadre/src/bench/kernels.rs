@@ -3,6 +3,7 @@
 use std::{num::NonZeroUsize, thread::available_parallelism};
 
 use anyhow::Result;
+use cadre_device::{Device, DeviceError};
 use cadre_ops_cpu::{
     Isa,
     measure::{Measurement, Rate, Roof, kernels},
@@ -16,6 +17,9 @@ use crate::output;
 /// Measures the kernels beside the read bandwidth and the FMA peak of this machine.
 #[derive(Args, Debug)]
 pub(crate) struct KernelArgs {
+    /// What to measure: cpu or cuda:N. [default: what the machine has]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<Device>,
     /// Numerics class.
     #[arg(long, value_name = "CLASS", default_value_t = NumericsClass::Bf16)]
     numerics: NumericsClass,
@@ -29,6 +33,10 @@ pub(crate) struct KernelArgs {
 
 /// Runs the command.
 pub(crate) fn run(args: &KernelArgs) -> Result<()> {
+    let device = args.device.unwrap_or_else(Device::of_machine);
+    if let Device::Cuda(_) = device {
+        return Err(DeviceError::NoCuda { device }.into());
+    }
     let mut tables = Vec::new();
     for threads in args.thread_counts() {
         eprintln!("measuring with {threads} threads …");

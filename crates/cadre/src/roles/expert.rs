@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, num::NonZeroUsize};
 
 use anyhow::Result;
+use cadre_device::Device;
 use cadre_expert::ExpertOptions;
 use cadre_types::ShardIndex;
 use clap::Args;
@@ -31,6 +32,9 @@ pub(crate) struct ExpertArgs {
     /// Where to serve metrics, health and readiness; port 0 takes a free one.
     #[arg(long, value_name = "ADDR", default_value_t = loopback(0))]
     admin: SocketAddr,
+    /// What to compute on: cpu or cuda:N. [default: what the machine has]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<Device>,
     /// Compute threads. [default: what the machine or its container allows]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -47,6 +51,7 @@ impl ExpertArgs {
             advertise: self.advertise,
             admin: self.admin,
             numerics: self.role.numerics,
+            device: self.device,
             threads: self.threads,
             drain: self.drain_timeout.0,
             pod_ip: self.pod.pod_ip,

@@ -7,6 +7,7 @@
 use std::{error::Error, io, path::Path};
 
 use cadre_checkpoint::{CheckpointError, ProblemKind};
+use cadre_device::DeviceError;
 use cadre_dispatch::{GenerationRefused, membership::MembershipError};
 use cadre_model::loader::LoadError;
 use cadre_operator::OperatorError;
@@ -69,9 +70,11 @@ fn of_one(error: &(dyn Error + 'static)) -> Option<Reason> {
     if let Some(error) = error.downcast_ref::<LoadError>() {
         return match error {
             LoadError::Checkpoint(error) => Some(of_checkpoint(error)),
-            LoadError::ScaleFormat => Some(Reason::InvalidConfiguration),
             LoadError::Backend { .. } => None,
         };
+    }
+    if let Some(DeviceError::NoCuda { .. }) = error.downcast_ref() {
+        return Some(Reason::InvalidConfiguration);
     }
     if let Some(OpsError::OutOfMemory { .. }) = error.downcast_ref() {
         return Some(Reason::InsufficientMemory);

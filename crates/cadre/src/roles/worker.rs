@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, num::NonZeroUsize};
 
 use anyhow::Result;
+use cadre_device::Device;
 use cadre_worker::{WorkerOptions, WorkerRole, WorkerTimeouts, options::DEFAULT_KV_BYTES};
 use clap::{Args, ValueEnum};
 
@@ -30,6 +31,9 @@ pub(crate) struct WorkerArgs {
     /// Where to serve metrics, health and readiness; port 0 takes a free one.
     #[arg(long, value_name = "ADDR", default_value_t = loopback(0))]
     admin: SocketAddr,
+    /// What to compute on: cpu or cuda:N. [default: what the machine has]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<Device>,
     /// Compute threads. [default: what the machine or its container allows]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -87,6 +91,7 @@ impl WorkerArgs {
             advertise: self.advertise,
             admin: self.admin,
             numerics: self.role_args.numerics,
+            device: self.device,
             threads: self.threads,
             kv_bytes: self.kv_bytes,
             max_step_tokens: self.max_step_tokens.unwrap_or(defaults.max_step_tokens),

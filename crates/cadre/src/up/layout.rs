@@ -2,6 +2,7 @@
 
 use std::{ffi::OsString, fmt, path::PathBuf};
 
+use cadre_device::Device;
 use serde::Deserialize;
 
 /// What the user asked for.
@@ -19,6 +20,8 @@ pub(crate) struct Layout {
     pub(crate) model: PathBuf,
     /// Numerics class by name.
     pub(crate) numerics: String,
+    /// What workers and shards compute on, if it was said.
+    pub(crate) device: Option<Device>,
     /// Threads of each process.
     pub(crate) threads: Threads,
     /// Client addresses of the router.
@@ -134,6 +137,7 @@ impl Layout {
     fn worker(&self, tier: &str, role: &str, index: usize) -> ProcessSpec {
         let mut args = self.common("worker");
         args.extend(words(["--role", role, "--threads", &self.threads.worker.to_string()]));
+        args.extend(self.device_args());
         args.extend(self.extra.worker.iter().cloned());
         ProcessSpec { name: format!("{tier} {index}"), tier: Tier::Worker, args }
     }
@@ -141,8 +145,13 @@ impl Layout {
     fn expert(&self, shard: usize) -> ProcessSpec {
         let mut args = self.common("expert");
         args.extend(words(["--shard", &shard.to_string(), "--threads", &self.threads.expert.to_string()]));
+        args.extend(self.device_args());
         args.extend(self.extra.expert.iter().cloned());
         ProcessSpec { name: format!("expert {shard}"), tier: Tier::Expert, args }
+    }
+
+    fn device_args(&self) -> impl Iterator<Item = OsString> {
+        self.device.into_iter().flat_map(|device| words(["--device", &device.to_string()]))
     }
 
     fn common(&self, role: &str) -> Vec<OsString> {
@@ -195,6 +204,7 @@ mod tests {
             redundant_slots: 0,
             model: "models/pocket".into(),
             numerics: "bf16".into(),
+            device: None,
             threads: Threads { worker: 1, expert: 1 },
             grpc: "127.0.0.1:50051".into(),
             http: "127.0.0.1:8000".into(),
@@ -203,6 +213,17 @@ mod tests {
             secret: "secret".into(),
             extra: Extra::default(),
         }
+    }
+
+    #[test]
+    fn a_device_that_was_named_reaches_workers_and_shards_alone() {
+        let flags = |layout: &Layout| -> Vec<bool> {
+            let named = |args: &Vec<OsString>| args.windows(2).any(|pair| pair == ["--device", "cuda:1"]);
+            layout.processes().iter().map(|process| named(&process.args)).collect()
+        };
+        assert_eq!(flags(&layout()), [false; 7]);
+        let named = Layout { device: Some(Device::Cuda(1)), ..layout() };
+        assert_eq!(flags(&named), [false, true, true, true, true, true, true]);
     }
 
     fn names(layout: &Layout) -> Vec<String> {

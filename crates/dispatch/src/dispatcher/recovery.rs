@@ -192,7 +192,7 @@ impl Dispatcher {
         let pairs = step.pairs_of(&frame, &targets);
         add(&self.shared.stats.retried_pairs, pairs.len());
         let late = may_answer.then_some(sequence);
-        self.place(step, rows_of(&frame, step.hidden), &pairs, late);
+        self.place(step, &rows_of(&frame, step.hidden), &pairs, late);
     }
 
     /// Gives up the frames that a no-longer-listed shard has not answered.
@@ -251,8 +251,7 @@ impl Dispatcher {
                 copies.iter().any(|copy| self.links.usable(copy.shard.index()))
             };
             if stranded.pairs.iter().any(has_copy) {
-                let hidden = step.hidden;
-                self.place(step, stranded.rows(hidden), &stranded.pairs, stranded.late);
+                self.place(step, &stranded.rows, &stranded.pairs, stranded.late);
             } else {
                 step.stranded.push(stranded);
             }

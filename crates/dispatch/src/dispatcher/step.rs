@@ -6,12 +6,14 @@ use std::{
 };
 
 use bytes::Bytes;
-use cadre_ops::{DispatchBatch, ExchangeError, ExchangeTicket, ExpertRows, HostRows, RowFormat};
+use cadre_ops::{
+    DispatchBatch, EncodedRows, ExchangeError, ExchangeTicket, ExpertChunk, ExpertRows, RowFormat,
+};
 use cadre_types::{LayerId, LogicalExpert, PlacementEpoch, ShardIndex};
 
 use crate::{
     frame::DispatchFrame,
-    plan::{Pair, gather, scatter},
+    plan::{Pair, gather},
 };
 
 /// How far a frame is.
@@ -55,10 +57,8 @@ impl InFlight {
 /// Pairs without a usable copy, with the rows they need.
 #[derive(Debug)]
 pub(super) struct Stranded {
-    format: RowFormat,
-    data: Vec<u8>,
-    scales: Vec<u8>,
-    /// Rows index `data`.
+    pub(super) rows: EncodedRows,
+    /// Indices of `rows`.
     pub(super) pairs: Vec<Pair>,
     /// A frame whose late answer has these pairs.
     pub(super) late: Option<u64>,
@@ -66,28 +66,18 @@ pub(super) struct Stranded {
 
 impl Stranded {
     /// Copies the rows that `pairs` need: stranding is rare, and keeping a whole frame for one row is not.
-    pub(super) fn new(rows: HostRows<'_>, pairs: &[Pair], late: Option<u64>) -> Self {
+    pub(super) fn new(rows: &EncodedRows, pairs: &[Pair], late: Option<u64>) -> Self {
         let mut wanted: Vec<u32> = pairs.iter().map(|pair| pair.row).collect();
         wanted.sort_unstable();
         wanted.dedup();
         let (mut data, mut scales) = (Vec::new(), Vec::new());
-        gather(rows, &wanted, &mut data, &mut scales);
+        gather(rows.as_host_rows(), &wanted, &mut data, &mut scales);
         let local = |row: u32| wanted.partition_point(|&other| other < row) as u32;
         let pairs = pairs.iter().map(|pair| Pair { row: local(pair.row), ..*pair }).collect();
-        Self { format: rows.format, data, scales, pairs, late }
+        let (count, data, scales) = (wanted.len(), data.into(), scales.into());
+        let rows = EncodedRows { rows: count, data, scales, ..rows.clone() };
+        Self { rows, pairs, late }
     }
-
-    pub(super) fn rows(&self, hidden: usize) -> HostRows<'_> {
-        let rows = self.data.len() / self.format.row_bytes(hidden).max(1);
-        HostRows { format: self.format, rows, cols: hidden, data: &self.data, scales: &self.scales }
-    }
-}
-
-/// Answer rows not yet in the output.
-#[derive(Debug)]
-struct Arrived {
-    rows: Bytes,
-    targets: Vec<u32>,
 }
 
 /// One exchange.
@@ -110,7 +100,8 @@ pub(super) struct Step {
     awaited: Option<Instant>,
     /// Results that were not finite, and whose.
     not_finite: Vec<(u32, ShardIndex)>,
-    arrived: Vec<Arrived>,
+    /// Rows of answers, not yet handed on.
+    arrived: Vec<ExpertChunk>,
 }
 
 impl Step {
@@ -269,7 +260,7 @@ impl Step {
         if let Some(frame) = self.frame_mut(sequence) {
             frame.progress = Progress::Arrived;
             let targets = std::mem::take(&mut frame.targets);
-            self.arrived.push(Arrived { rows, targets });
+            self.arrived.push(ExpertChunk { rows, targets });
         }
     }
 
@@ -287,28 +278,25 @@ impl Step {
         for pair in late.iter().flat_map(|stranded| &stranded.pairs) {
             if let Some(&row) = order.get(&pair.target) {
                 let rows = rows.slice(row * width..(row + 1) * width);
-                self.arrived.push(Arrived { rows, targets: vec![pair.target] });
+                self.arrived.push(ExpertChunk { rows, targets: vec![pair.target] });
             }
         }
         self.frames[at].progress = Progress::Arrived;
     }
 
-    /// Writes what has arrived.
-    pub(super) fn scatter_into(&mut self, out: &mut ExpertRows) {
-        let width = self.combine.row_bytes(self.hidden);
-        for arrived in self.arrived.drain(..) {
-            scatter(&arrived.rows, &arrived.targets, width, &mut out.data);
-        }
+    /// Hands on what has arrived.
+    pub(super) fn hand_on(&mut self, out: &mut ExpertRows) {
+        out.chunks.append(&mut self.arrived);
     }
 }
 
 /// The rows that a frame carries.
-pub(super) fn rows_of(frame: &DispatchFrame, hidden: usize) -> HostRows<'_> {
-    HostRows {
+pub(super) fn rows_of(frame: &DispatchFrame, hidden: usize) -> EncodedRows {
+    EncodedRows {
         format: frame.format,
         rows: frame.tokens,
         cols: hidden,
-        data: &frame.data,
-        scales: &frame.scales,
+        data: frame.data.clone(),
+        scales: frame.scales.clone(),
     }
 }

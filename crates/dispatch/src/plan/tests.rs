@@ -113,7 +113,7 @@ fn cases() -> impl Strategy<Value = Case> {
 
 proptest! {
     /// Every pair is computed exactly once, by a slot that holds its expert, within the limits; and
-    /// gather, compute, scatter give what computing each pair alone gives.
+    /// gathering, computing and putting the rows in their places give what computing each pair alone gives.
     #[test]
     fn plan_compute_scatter_is_the_direct_computation(case in cases()) {
         let placement = placement(case.slots.clone(), usize::from(case.experts));
@@ -149,7 +149,9 @@ proptest! {
                 let held = &case.slots[frame.shard.index()];
                 [data[**token as usize * 2], held[**slot as usize] as u8]
             }).collect();
-            scatter(&answer, &frame.targets, 2, &mut out);
+            for (row, &target) in answer.chunks(2).zip(&frame.targets) {
+                out[target as usize * 2..][..2].copy_from_slice(row);
+            }
             computed += frame.targets.len();
         }
         prop_assert_eq!(computed + plan.unplaced.len(), pairs.len());
@@ -177,8 +179,22 @@ proptest! {
         gather(source, &rows, &mut got, &mut got_scales);
         let wanted: Vec<u8> = rows.iter().flat_map(|&row| vec![row as u8; 130]).collect();
         let wanted_scales: Vec<u8> = rows.iter().flat_map(|&row| vec![row as u8; 8]).collect();
-        prop_assert_eq!(got, wanted);
-        prop_assert_eq!(got_scales, wanted_scales);
+        prop_assert_eq!(&got, &wanted);
+        prop_assert_eq!(&got_scales, &wanted_scales);
+        // A range is slices of the very memory.
+        let source = EncodedRows {
+            format: RowFormat::E4m3, rows: 20, cols: 130, data: data.into(), scales: scales.into(),
+        };
+        let range = rows.windows(2).all(|pair| pair[0] + 1 == pair[1]) && !rows.is_empty();
+        match slice(&source, &rows) {
+            None => prop_assert!(!range),
+            Some(rows_of) => {
+                prop_assert!(range && rows_of.rows == rows.len());
+                prop_assert_eq!(&rows_of.data, &wanted);
+                prop_assert_eq!(&rows_of.scales, &wanted_scales);
+                prop_assert_eq!(rows_of.data.as_ptr(), source.data[rows[0] as usize * 130..].as_ptr());
+            }
+        }
     }
 }
 

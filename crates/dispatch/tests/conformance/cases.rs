@@ -495,18 +495,18 @@ pub(crate) fn a_batch_that_does_not_fit_is_refused_before_it_is_sent<R: Rig>() {
     let good = Batch::f32(3);
     let mut unknown = good.clone();
     unknown.topk_idx[2] = 4;
-    let mut class = good.dispatch_batch();
+    let mut class = good.clone();
     class.activations.format = cadre_ops::RowFormat::Bf16;
-    let mut short = good.dispatch_batch();
-    short.activations.data = &short.activations.data[1..];
+    let mut short = good.clone();
+    short.activations.data = short.activations.data.slice(1..);
     let mut choices = good.dispatch_batch();
     choices.top_k = 3;
     let mut layer = good.dispatch_batch();
     layer.layer.0 += 1;
     for (words, batch) in [
         ("expert 4 of 4", unknown.dispatch_batch()),
-        ("rows are Bf16 in class f32", class),
-        ("activation bytes for 3 tokens", short),
+        ("rows are Bf16 in class f32", class.dispatch_batch()),
+        ("activation bytes for 3 tokens", short.dispatch_batch()),
         ("chosen experts for 3 tokens", choices),
         ("no experts of this layer are placed in epoch 1", layer),
     ] {

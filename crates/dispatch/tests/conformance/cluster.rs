@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use cadre_dispatch::{DispatchConfig, DispatchHandle, Dispatcher, ShardContract};
 use cadre_ops::{
-    DispatchBatch, ExchangeError, ExchangeTicket, ExpertExchange, ExpertRows, HostRows, RowFormat,
+    DispatchBatch, EncodedRows, ExchangeError, ExchangeTicket, ExpertExchange, ExpertRows, RowFormat,
 };
 use cadre_types::{
     ClusterView, Generation, LayerId, LayerPlacement, LogicalExpert, Member, MemberId, MemberState,
@@ -129,8 +129,7 @@ pub(crate) struct Batch {
     class: NumericsClass,
     tokens: usize,
     top_k: usize,
-    data: Vec<u8>,
-    scales: Vec<u8>,
+    pub(crate) activations: EncodedRows,
     pub(crate) topk_idx: Vec<u16>,
 }
 
@@ -152,8 +151,13 @@ impl Batch {
             class,
             tokens,
             top_k,
-            data: bytes(tokens * format.row_bytes(HIDDEN)),
-            scales: bytes(tokens * 4 * format.row_scales(HIDDEN)),
+            activations: EncodedRows {
+                format,
+                rows: tokens,
+                cols: HIDDEN,
+                data: bytes(tokens * format.row_bytes(HIDDEN)),
+                scales: bytes(tokens * 4 * format.row_scales(HIDDEN)),
+            },
             topk_idx,
         }
     }
@@ -165,13 +169,7 @@ impl Batch {
     pub(crate) fn dispatch_batch(&self) -> DispatchBatch<'_> {
         DispatchBatch {
             layer: LAYER,
-            activations: HostRows {
-                format: RowFormat::dispatch(self.class),
-                rows: self.tokens,
-                cols: HIDDEN,
-                data: &self.data,
-                scales: &self.scales,
-            },
+            activations: &self.activations,
             top_k: self.top_k,
             topk_idx: &self.topk_idx,
         }
@@ -183,8 +181,8 @@ impl Batch {
         let out = RowFormat::combine(self.class).row_bytes(HIDDEN);
         let pair = |(target, &expert): (usize, &u16)| {
             let token = target / self.top_k;
-            let row = &self.data[token * width..(token + 1) * width];
-            let scales = &self.scales[token * scale_width..(token + 1) * scale_width];
+            let row = &self.activations.data[token * width..(token + 1) * width];
+            let scales = &self.activations.scales[token * scale_width..(token + 1) * scale_width];
             compute(row, scales, expert, out)
         };
         self.topk_idx.iter().enumerate().flat_map(pair).collect()
@@ -199,8 +197,12 @@ impl Batch {
         let mut out = ExpertRows::default();
         dispatcher.combine(ticket, &mut out).unwrap();
         assert_eq!(out.format, RowFormat::combine(self.class));
-        assert_eq!((out.rows, out.hidden), (self.tokens * self.top_k, HIDDEN));
-        assert!(out.data == self.expected(), "rows differ");
+        assert_eq!((out.pairs, out.hidden), (self.tokens * self.top_k, HIDDEN));
+        // Every pair once, whatever failed on the way.
+        let mut pairs: Vec<u32> = out.chunks.iter().flat_map(|chunk| chunk.targets.clone()).collect();
+        pairs.sort_unstable();
+        assert_eq!(pairs, (0..out.pairs as u32).collect::<Vec<_>>());
+        assert!(out.in_order() == self.expected(), "rows differ");
     }
 
     pub(crate) fn run(&self, dispatcher: &mut Dispatcher) {

@@ -3,8 +3,8 @@
 use std::{sync::Arc, time::Instant};
 
 use cadre_model::{LogitRows, ModelError, Segment, SegmentKind, StepBatch};
-use cadre_ops::{Backend, OpsError};
-use cadre_sampler::History;
+use cadre_ops::{Backend, OpsError, SampleRow};
+use cadre_sampler::{History, Sample, SampleError};
 use cadre_scheduler::{CommitKind, Scheduler, Sequence, StepPlan};
 use cadre_types::{Position, SequenceId};
 
@@ -16,6 +16,9 @@ use crate::{
 };
 
 use super::{Part, StepLoop, banned, handoff_out::StepWatch, nanos};
+
+/// What came of one row of logits.
+type Drawn = Result<GeneratedToken, EngineError>;
 
 impl<B: Backend> StepLoop<B> {
     pub(super) fn step(&mut self, plan: &StepPlan) {
@@ -48,20 +51,23 @@ impl<B: Backend> StepLoop<B> {
         plan: &StepPlan,
         handoff_failures: &mut Vec<(SequenceId, Option<HandoffError>)>,
     ) -> Result<(), ModelError> {
-        let Self { model, workspace, cache, exchange, scheduler, entries, stats, output, .. } = self;
+        let Self { model, workspace, cache, exchange, scheduler, entries, stats, .. } = self;
         let batch = batch(plan, scheduler);
         let mut watch = StepWatch::new(stats, plan, scheduler, entries, handoff_failures);
-        model.forward(workspace, &batch, cache, &mut **exchange, &mut watch, output)
+        model.forward(workspace, &batch, cache, &mut **exchange, &mut watch)
     }
 
-    /// Commits every row of a step that succeeded, in the order of the batch.
+    /// Draws the tokens of a step that succeeded and commits every row, in the order of the batch.
     fn take_results(&mut self, plan: &StepPlan) {
+        let mut drawn = match self.draw(plan) {
+            Ok(drawn) => drawn.into_iter(),
+            Err(error) => return self.fail_step(plan, error),
+        };
         add(&self.stats.steps, 1);
         add(&self.stats.decode_tokens, plan.decode.len() as u64);
         add(&self.stats.prefill_tokens, (plan.rows() - plan.decode.len()) as u64);
-        let mut wanted = 0..;
         for row in &plan.decode {
-            self.sampled(row.id, row.position + 1, wanted.next().unwrap_or(usize::MAX));
+            self.sampled(row.id, drawn.next());
         }
         for chunk in &plan.prefill {
             let end = chunk.first_position + chunk.len as Position;
@@ -71,16 +77,52 @@ impl<B: Backend> StepLoop<B> {
                 entry.events.send(EngineEvent::Computed(end));
             }
             if chunk.last {
-                self.sampled(chunk.id, end, wanted.next().unwrap_or(usize::MAX));
+                self.sampled(chunk.id, drawn.next());
             } else if let Err(error) = self.scheduler.commit(chunk.id, CommitKind::Prefilled) {
                 self.fail(chunk.id, EngineError::Refused(error));
             }
         }
     }
 
-    /// Samples the token at `position` from the step's `row`-th row of logits.
-    fn sampled(&mut self, id: SequenceId, position: Position, row: usize) {
-        let token = match self.sample(id, position, row) {
+    /// One token per row of logits.
+    fn draw(&mut self, plan: &StepPlan) -> Result<Vec<Drawn>, ModelError> {
+        let decode = plan.decode.iter().map(|row| (row.id, row.position + 1));
+        let last = plan.prefill.iter().filter(|chunk| chunk.last);
+        let prefill = last.map(|chunk| (chunk.id, chunk.first_position + chunk.len as Position));
+        let wanted: Vec<(SequenceId, Position)> = decode.chain(prefill).collect();
+        let Self { model, workspace, scheduler, entries, .. } = self;
+        let eos = &model.config().eos_token_ids;
+        let banned_of = |&(id, _): &(SequenceId, Position)| {
+            banned(&entries[&id].stop, eos, planned(scheduler, id).output().len())
+        };
+        let banned: Vec<_> = wanted.iter().map(banned_of).collect();
+        let rows: Vec<SampleRow<'_>> = wanted
+            .iter()
+            .zip(&banned)
+            .enumerate()
+            .map(|(row, (&(id, position), banned))| {
+                let sequence = planned(scheduler, id);
+                let history = History { prompt: sequence.prompt(), output: sequence.output(), banned };
+                SampleRow { row, params: &entries[&id].sampling, history, position }
+            })
+            .collect();
+        let samples = if rows.is_empty() { Vec::new() } else { model.sample(workspace, &rows)? };
+        let token = |(sample, &(_, position)): (Result<Sample, SampleError>, &(SequenceId, Position))| {
+            let sample = sample.map_err(|source| EngineError::Sample { position, source })?;
+            Ok(GeneratedToken {
+                position,
+                token: sample.token,
+                logprob: sample.logprob.map(|chosen| chosen.logprob),
+                top: sample.top.into_iter().map(|likely| (likely.token, likely.logprob)).collect(),
+            })
+        };
+        Ok(samples.into_iter().zip(&wanted).map(token).collect())
+    }
+
+    /// Commits a sequence's token. Every sequence that wants one was drawn for.
+    fn sampled(&mut self, id: SequenceId, drawn: Option<Drawn>) {
+        let Some(drawn) = drawn else { return };
+        let token = match drawn {
             Ok(token) => token,
             Err(error) => {
                 self.fail(id, error);
@@ -101,30 +143,6 @@ impl<B: Backend> StepLoop<B> {
             return;
         }
         self.accept(id, token);
-    }
-
-    fn sample(
-        &mut self,
-        id: SequenceId,
-        position: Position,
-        row: usize,
-    ) -> Result<GeneratedToken, EngineError> {
-        let width = self.model.config().vocab_size;
-        let logits = &mut self.output.logits[row * width..(row + 1) * width];
-        let (sequence, entry) = (planned(&self.scheduler, id), &self.entries[&id]);
-        let output = sequence.output();
-        let banned = banned(&entry.stop, &self.model.config().eos_token_ids, output.len());
-        let history = History { prompt: sequence.prompt(), output, banned: &banned };
-        let sample = self
-            .sampler
-            .sample(logits, &entry.sampling, history, position)
-            .map_err(|source| EngineError::Sample { position, source })?;
-        Ok(GeneratedToken {
-            position,
-            token: sample.token,
-            logprob: sample.logprob.map(|chosen| chosen.logprob),
-            top: sample.top.into_iter().map(|likely| (likely.token, likely.logprob)).collect(),
-        })
     }
 
     /// Fails the sequences of a step; of a NaN in the gate only the one whose row it is, because the others

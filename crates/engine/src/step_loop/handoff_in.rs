@@ -67,11 +67,11 @@ impl Incoming {
 }
 
 /// Whether an offer is the one that a sequence waits for.
-pub(super) fn check_offer(
+pub(super) fn check_offer<B: Backend>(
     offer: &HandoffOffer,
     shape: KvShape,
     sequence: Option<&Sequence>,
-    entry: Option<&Entry>,
+    entry: Option<&Entry<B>>,
 ) -> Result<(), HandoffError> {
     let request_id = || offer.request_id.clone();
     let unknown = || HandoffError::Unknown { request_id: request_id() };

@@ -2,13 +2,18 @@
 //!
 //! Per layer two marks move over the prompt: `available` (in the cache) and `sent` (in the channel). What
 //! lies between stays in the cache when the channel is full, and goes out on a later turn; if the channel
-//! stays full for the time-out, the hand-off has failed. The pages are freed once the last row is in the
-//! channel: whoever retries computes the prompt again.
+//! stays full for the time-out, the hand-off has failed. The device copies rows into memory that they are
+//! sent from, and a message leaves when its copy is done: the step does not wait for it. The pages are freed
+//! once the last row is in the channel: whoever retries computes the prompt again.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
 
+use bytes::Bytes;
 use cadre_model::{ModelError, StepObserver};
-use cadre_ops::Backend;
+use cadre_ops::{Backend, OpsError};
 use cadre_scheduler::StepPlan;
 use cadre_types::{FinishReason, LayerId, PageId, Position, SequenceId};
 use tokio::sync::mpsc;
@@ -23,19 +28,32 @@ use crate::{
 use super::{Entry, Part, StepLoop};
 
 /// The outgoing side of one sequence.
-pub(super) struct Outgoing {
+pub(super) struct Outgoing<B: Backend> {
     sink: mpsc::Sender<KvMessage>,
+    /// Copies under way, oldest first; each has its place in the channel, so there are never more than
+    /// [`KV_QUEUE`](crate::handoff::KV_QUEUE).
+    copies: VecDeque<RowCopy<B>>,
     prompt: Position,
     row_bytes: usize,
     /// Positions in the cache, by layer.
     available: Vec<Position>,
-    /// Positions in the channel, by layer.
+    /// Positions in the channel or being copied, by layer.
     sent: Vec<Position>,
     /// Known once the prompt is computed; sent after the last row.
     finish: Option<KvFinish>,
     rows: u64,
     /// Since when the channel is full.
     full_since: Option<Instant>,
+}
+
+/// Rows that the device copies.
+struct RowCopy<B: Backend> {
+    place: mpsc::OwnedPermit<KvMessage>,
+    layer: LayerId,
+    first_position: Position,
+    count: u32,
+    memory: B::Staging,
+    done: B::Event,
 }
 
 /// Reads rows out of a cache.
@@ -45,10 +63,11 @@ pub(super) struct CacheReader<'a, B: Backend> {
     pub(super) cache: &'a B::KvCache,
 }
 
-impl Outgoing {
+impl<B: Backend> Outgoing<B> {
     pub(super) fn new(sink: mpsc::Sender<KvMessage>, shape: KvShape, prompt: usize) -> Self {
         Self {
             sink,
+            copies: VecDeque::new(),
             prompt: Position::try_from(prompt).unwrap_or(Position::MAX),
             row_bytes: shape.row_bytes(),
             available: vec![0; shape.layers],
@@ -63,8 +82,9 @@ impl Outgoing {
         self.finish = Some(finish);
     }
 
-    /// Moves rows of one layer into the channel while it has room. Returns the bytes moved.
-    fn pump<B: Backend>(
+    /// Starts copies of rows of one layer while the channel has room, and sends those that are done. Returns
+    /// the bytes of the rows.
+    fn pump(
         &mut self,
         layer: usize,
         table: &[PageId],
@@ -72,40 +92,57 @@ impl Outgoing {
     ) -> Result<u64, HandoffError> {
         let mut bytes = 0;
         while self.sent[layer] < self.available[layer] {
-            let permit = match self.sink.try_reserve() {
-                Ok(permit) => permit,
-                Err(mpsc::error::TrySendError::Full(())) => {
+            let place = match self.sink.clone().try_reserve_owned() {
+                Ok(place) => place,
+                Err(mpsc::error::TrySendError::Full(_)) => {
                     self.full_since.get_or_insert_with(Instant::now);
                     break;
                 }
-                Err(mpsc::error::TrySendError::Closed(())) => {
+                Err(mpsc::error::TrySendError::Closed(_)) => {
                     return Err(HandoffError::Aborted { rows: self.rows });
                 }
             };
             self.full_since = None;
             let first = self.sent[layer];
             let count = (self.available[layer] - first).min(rows_per_message(self.row_bytes));
-            let mut rows = Vec::with_capacity(count as usize * self.row_bytes);
-            let id = layer_id(layer);
-            reader
-                .backend
-                .kv_read(reader.queue, reader.cache, layer, table, first, count as usize, &mut rows)
-                .map_err(|source| HandoffError::Cache { layer: id, source })?;
-            bytes += rows.len() as u64;
-            permit.send(KvMessage::Rows(KvRows {
-                layer: id,
+            let copied = reader.copy(layer, table, first, count as usize, self.row_bytes);
+            let layer_id = layer_id(layer);
+            let (memory, done) = copied.map_err(|source| HandoffError::Cache { layer: layer_id, source })?;
+            self.copies.push_back(RowCopy {
+                place,
+                layer: layer_id,
                 first_position: first,
                 count,
-                rows: rows.into(),
-            }));
+                memory,
+                done,
+            });
+            bytes += u64::from(count) * self.row_bytes as u64;
             self.sent[layer] += count;
             self.rows += u64::from(count);
+            self.send_copied(reader.backend)?;
         }
         Ok(bytes)
     }
 
+    /// Sends what the device has copied.
+    fn send_copied(&mut self, backend: &B) -> Result<(), HandoffError> {
+        while let Some(copy) = self.copies.front() {
+            let layer = copy.layer;
+            let done = backend.is_done(&copy.done);
+            if !done.map_err(|source| HandoffError::Cache { layer, source })? {
+                break;
+            }
+            if let Some(RowCopy { place, layer, first_position, count, memory, .. }) = self.copies.pop_front()
+            {
+                let rows = Bytes::from_owner(memory);
+                place.send(KvMessage::Rows(KvRows { layer, first_position, count, rows }));
+            }
+        }
+        Ok(())
+    }
+
     /// Moves what is in the cache, and the end if everything has gone. Returns whether it has ended.
-    fn pump_all<B: Backend>(
+    fn pump_all(
         &mut self,
         table: &[PageId],
         reader: &mut CacheReader<'_, B>,
@@ -114,10 +151,12 @@ impl Outgoing {
         if self.sink.is_closed() {
             return Err(HandoffError::Aborted { rows: self.rows });
         }
+        self.send_copied(reader.backend)?;
         for layer in 0..self.sent.len() {
             *moved += self.pump(layer, table, reader)?;
         }
-        if self.finish.is_none() || self.sent.iter().any(|sent| *sent < self.prompt) {
+        let unsent = !self.copies.is_empty() || self.sent.iter().any(|sent| *sent < self.prompt);
+        if self.finish.is_none() || unsent {
             return Ok(false);
         }
         match self.sink.try_reserve() {
@@ -143,31 +182,47 @@ impl Outgoing {
     }
 }
 
+impl<B: Backend> CacheReader<'_, B> {
+    /// Starts copying rows into memory of their own.
+    fn copy(
+        &mut self,
+        layer: usize,
+        table: &[PageId],
+        first: Position,
+        count: usize,
+        row_bytes: usize,
+    ) -> Result<(B::Staging, B::Event), OpsError> {
+        let mut memory = self.backend.staging(count * row_bytes)?;
+        self.backend.kv_read(self.queue, self.cache, layer, table, first, count, &mut memory, 0)?;
+        Ok((memory, self.backend.record(self.queue)?))
+    }
+}
+
 /// The index of a cache layer as an id; a config has fewer than 2^16 layers.
 pub(super) fn layer_id(layer: usize) -> LayerId {
     LayerId(u16::try_from(layer).unwrap_or(u16::MAX))
 }
 
 /// Watches a step and sends the KV of prompts that are handed off.
-pub(super) struct StepWatch<'a> {
+pub(super) struct StepWatch<'a, B: Backend> {
     stats: &'a EngineStats,
-    sending: Vec<Sending<'a>>,
+    sending: Vec<Sending<'a, B>>,
 }
 
-struct Sending<'a> {
-    outgoing: &'a mut Outgoing,
+struct Sending<'a, B: Backend> {
+    outgoing: &'a mut Outgoing<B>,
     table: &'a [PageId],
     /// Positions of the prompt in a layer's cache once that layer of this step is computed.
     end: Position,
     failure: &'a mut Option<HandoffError>,
 }
 
-impl<'a> StepWatch<'a> {
+impl<'a, B: Backend> StepWatch<'a, B> {
     pub(super) fn new(
         stats: &'a EngineStats,
         plan: &StepPlan,
         scheduler: &'a cadre_scheduler::Scheduler,
-        entries: &'a mut std::collections::BTreeMap<SequenceId, Entry>,
+        entries: &'a mut std::collections::BTreeMap<SequenceId, Entry<B>>,
         failures: &'a mut Vec<(SequenceId, Option<HandoffError>)>,
     ) -> Self {
         failures.clear();
@@ -186,7 +241,7 @@ impl<'a> StepWatch<'a> {
     }
 }
 
-impl<B: Backend> StepObserver<B> for StepWatch<'_> {
+impl<B: Backend> StepObserver<B> for StepWatch<'_, B> {
     fn kv_ready(
         &mut self,
         backend: &B,
@@ -198,7 +253,12 @@ impl<B: Backend> StepObserver<B> for StepWatch<'_> {
             let Some(available) = sending.outgoing.available.get_mut(layer.index()) else { continue };
             *available = sending.end;
             let mut reader = CacheReader { backend, queue: &mut *queue, cache };
-            match sending.outgoing.pump(layer.index(), sending.table, &mut reader) {
+            // What earlier layers have copied goes out while this one computes.
+            let pumped = sending
+                .outgoing
+                .send_copied(backend)
+                .and_then(|()| sending.outgoing.pump(layer.index(), sending.table, &mut reader));
+            match pumped {
                 Ok(bytes) => add(&self.stats.kv_bytes_sent, bytes),
                 // One hand-off's trouble is not the step's: the sequence is failed after it.
                 Err(error) => *sending.failure = Some(error),
@@ -218,7 +278,7 @@ impl<B: Backend> StepLoop<B> {
             .map(|(&id, _)| id)
             .collect();
         let mut moved = 0;
-        let mut ended = false;
+        let (mut ended, mut copying) = (false, false);
         for id in ids {
             let Self { model, workspace, cache, scheduler, entries, .. } = self;
             let (Some(Entry { part: Part::Outgoing(outgoing), .. }), Some(sequence)) =
@@ -231,7 +291,8 @@ impl<B: Backend> StepLoop<B> {
                 .pump_all(sequence.block_table(), &mut reader, &mut moved)
                 .and_then(|done| outgoing.check_stall(self.handoff_timeout).map(|()| done));
             match pumped {
-                Ok(false) => {}
+                // A copy that is under way is done within a turn or two of the loop.
+                Ok(false) => copying |= !outgoing.copies.is_empty(),
                 Ok(true) => {
                     ended = true;
                     add(&self.stats.handoffs_sent, 1);
@@ -244,6 +305,6 @@ impl<B: Backend> StepLoop<B> {
             }
         }
         add(&self.stats.kv_bytes_sent, moved);
-        moved > 0 || ended
+        moved > 0 || ended || copying
     }
 }

@@ -16,8 +16,8 @@ use cadre_engine::{
 };
 use cadre_model::{ExpertKey, ExpertLoader, LoadOptions, Model};
 use cadre_ops::{
-    Backend, DispatchBatch, ExchangeError, ExchangeTicket, ExpertExchange, ExpertRows, HostRows, RowFormat,
-    backend::Ffn, reference::ReferenceBackend,
+    Backend, DispatchBatch, EncodedRows, ExchangeError, ExchangeTicket, ExpertChunk, ExpertExchange,
+    ExpertRows, Ffn, PassLimits, PassRows, RowFormat, RowGroup, reference::ReferenceBackend,
 };
 use cadre_scheduler::SchedulerConfig;
 use cadre_types::{
@@ -167,7 +167,7 @@ impl Switches {
 struct InlineExperts {
     backend: Arc<ReferenceBackend>,
     loader: ExpertLoader<ReferenceBackend>,
-    experts: std::collections::BTreeMap<ExpertKey, Ffn<<ReferenceBackend as Backend>::Weight>>,
+    experts: std::collections::BTreeMap<ExpertKey, Arc<Ffn<<ReferenceBackend as Backend>::Weight>>>,
     switches: Arc<Switches>,
     pending: Option<Pending>,
     tickets: u64,
@@ -175,12 +175,8 @@ struct InlineExperts {
 
 struct Pending {
     layer: LayerId,
-    rows: usize,
-    cols: usize,
     top_k: usize,
-    format: RowFormat,
-    data: Vec<u8>,
-    scales: Vec<u8>,
+    activations: EncodedRows,
     topk_idx: Vec<u16>,
 }
 
@@ -195,12 +191,8 @@ impl ExpertExchange for InlineExperts {
     fn dispatch(&mut self, batch: DispatchBatch<'_>) -> Result<ExchangeTicket, ExchangeError> {
         self.pending = Some(Pending {
             layer: batch.layer,
-            rows: batch.activations.rows,
-            cols: batch.activations.cols,
             top_k: batch.top_k,
-            format: batch.activations.format,
-            data: batch.activations.data.to_vec(),
-            scales: batch.activations.scales.to_vec(),
+            activations: batch.activations.clone(),
             topk_idx: batch.topk_idx.to_vec(),
         });
         self.tickets += 1;
@@ -220,41 +212,34 @@ impl ExpertExchange for InlineExperts {
             });
         }
         let backend = &*self.backend;
-        let mut queue = backend.queue().unwrap();
-        let mut all = backend.alloc(pending.rows, pending.cols).unwrap();
-        let rows = HostRows {
-            format: pending.format,
-            rows: pending.rows,
-            cols: pending.cols,
-            data: &pending.data,
-            scales: &pending.scales,
-        };
-        backend.upload_rows(&mut queue, rows, &mut all).unwrap();
+        let queue = &mut backend.queue().unwrap();
+        let (rows, cols) = (pending.activations.rows, pending.activations.cols);
+        let mut received = backend.alloc_rows(rows, cols).unwrap();
+        backend.upload_rows(queue, &pending.activations, 0, &mut received).unwrap();
         out.format = RowFormat::combine(backend.class());
-        out.rows = pending.topk_idx.len();
-        out.hidden = pending.cols;
-        let width = out.format.row_bytes(pending.cols);
-        out.data.resize(out.rows * width, 0);
-        let mut input = backend.alloc(pending.rows, pending.cols).unwrap();
-        let mut output = backend.alloc(pending.rows, pending.cols).unwrap();
-        let (mut data, mut scales) = (Vec::new(), Vec::new());
+        out.pairs = pending.topk_idx.len();
+        out.hidden = cols;
+        out.chunks.clear();
+        let mut output = backend.alloc_activations(rows, cols).unwrap();
+        let mut pass = backend.alloc_pass(PassLimits { rows, pairs: rows }).unwrap();
         let mut chosen = pending.topk_idx.clone();
         chosen.sort_unstable();
         chosen.dedup();
         for expert in chosen {
             let key = ExpertKey { layer, expert: LogicalExpert(expert) };
-            let ffn = self.experts.entry(key).or_insert_with(|| self.loader.load(key).unwrap());
-            let targets: Vec<usize> =
-                (0..out.rows).filter(|&target| pending.topk_idx[target] == expert).collect();
-            let tokens: Vec<usize> = targets.iter().map(|target| target / pending.top_k).collect();
-            backend.gather_rows(&mut queue, &all, &tokens, &mut input).unwrap();
-            backend.ffn(&mut queue, &input, ffn, tokens.len(), &mut output).unwrap();
-            backend
-                .download_rows(&mut queue, &output, tokens.len(), out.format, &mut data, &mut scales)
-                .unwrap();
-            for (row, target) in data.chunks(width).zip(targets) {
-                out.data[target * width..(target + 1) * width].copy_from_slice(row);
-            }
+            let ffn = self.experts.entry(key).or_insert_with(|| Arc::new(self.loader.load(key).unwrap()));
+            let table = backend.expert_table(vec![Arc::clone(ffn)]).unwrap();
+            let targets: Vec<u32> =
+                (0..out.pairs as u32).filter(|&target| pending.topk_idx[target as usize] == expert).collect();
+            let input: Vec<u32> = targets.iter().map(|target| target / pending.top_k as u32).collect();
+            let order: Vec<u32> = (0..targets.len() as u32).collect();
+            let groups = [RowGroup { expert: 0, rows: targets.len() }];
+            let described = PassRows { input: &input, output: &order, groups: &groups };
+            backend.begin_pass(queue, &described, &mut pass).unwrap();
+            backend.grouped_ffn(queue, &pass, &table, &received, &mut output).unwrap();
+            let mut rows = backend.staging(targets.len() * out.row_bytes()).unwrap();
+            backend.download_activations(queue, &output, 0..targets.len(), &mut rows, 0).unwrap();
+            out.chunks.push(ExpertChunk { rows: rows.into(), targets });
         }
         Ok(())
     }

@@ -9,18 +9,20 @@
 )]
 
 use std::{
+    collections::VecDeque,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use bytes::Bytes;
 use cadre_checkpoint::Checkpoint;
 use cadre_model::{
     ExpertKey, ExpertLoader, LoadOptions, LogitRows, Model, Segment, SegmentKind, StepBatch, StepObserver,
     StepOutput, Workspace,
 };
 use cadre_ops::{
-    Backend, DispatchBatch, ExchangeError, ExchangeTicket, ExpertExchange, ExpertRows, HostRows, KvLayout,
-    RowFormat, RowGroup, backend::Ffn,
+    Backend, DispatchBatch, ExchangeError, ExchangeTicket, ExpertChunk, ExpertExchange, ExpertRows, KvLayout,
+    PassLimits, PassRows, RowFormat, RowGroup,
 };
 use cadre_ops_cpu::{CpuBackend, CpuOptions};
 use cadre_types::{LogicalExpert, NumericsClass, PageId, TokenId};
@@ -83,7 +85,7 @@ impl<B: Backend> Pocket<B> {
             Model::load(backend.clone(), &checkpoint, &LoadOptions { mtp: true }, &mut |_| {}).unwrap();
         let loader = ExpertLoader::new(backend.clone(), checkpoint);
         let experts = InPlaceExperts::load(&loader);
-        let ws = Workspace::new(&model, max_rows).unwrap();
+        let ws = Workspace::new(&model, max_rows, max_rows).unwrap();
         let cache = model.new_cache(PAGES).unwrap();
         Self { model, experts, ws, cache }
     }
@@ -97,7 +99,6 @@ impl<B: Backend> Pocket<B> {
         table: &[PageId],
         observer: &mut dyn StepObserver<B>,
     ) -> StepOutput {
-        let mut out = StepOutput::default();
         let batch = StepBatch {
             segments: vec![Segment {
                 kind,
@@ -107,10 +108,8 @@ impl<B: Backend> Pocket<B> {
                 logits: LogitRows::All,
             }],
         };
-        self.model
-            .forward(&mut self.ws, &batch, &mut self.cache, &mut self.experts, observer, &mut out)
-            .unwrap();
-        out
+        self.model.forward(&mut self.ws, &batch, &mut self.cache, &mut self.experts, observer).unwrap();
+        self.model.read(&mut self.ws).unwrap()
     }
 
     /// Prefills in chunks; returns the outputs of all rows.
@@ -126,9 +125,6 @@ impl<B: Backend> Pocket<B> {
 
     /// The MTP module over a whole sequence, in prefill form.
     pub fn mtp(&mut self, next: &[TokenId], hidden: &[f32], table: &[PageId]) -> StepOutput {
-        let bytes: Vec<u8> = hidden.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let width = self.model.config().hidden_size;
-        let mut out = StepOutput::default();
         let batch = StepBatch {
             segments: vec![Segment {
                 kind: SegmentKind::Prefill,
@@ -138,23 +134,22 @@ impl<B: Backend> Pocket<B> {
                 logits: LogitRows::All,
             }],
         };
-        let hidden =
-            HostRows { format: RowFormat::F32, rows: next.len(), cols: width, data: &bytes, scales: &[] };
         self.model
-            .forward_mtp(&mut self.ws, &batch, hidden, &mut self.cache, &mut self.experts, &mut (), &mut out)
+            .forward_mtp(&mut self.ws, &batch, hidden, &mut self.cache, &mut self.experts, &mut ())
             .unwrap();
-        out
+        self.model.read(&mut self.ws).unwrap()
     }
 
     /// Bytes of every layer's cached rows of a sequence.
     pub fn kv(&mut self, table: &[PageId], tokens: usize) -> Vec<Vec<u8>> {
         let backend = self.model.backend().clone();
+        let width = RowFormat::combine(backend.class()).row_bytes(self.model.config().kv_width());
         (0..self.model.config().num_hidden_layers)
             .map(|layer| {
-                let mut rows = Vec::new();
+                let mut rows = backend.staging(tokens * width).unwrap();
                 let queue = self.ws.queue();
-                backend.kv_read(queue, &self.cache, layer, table, 0, tokens, &mut rows).unwrap();
-                rows
+                backend.kv_read(queue, &self.cache, layer, table, 0, tokens, &mut rows, 0).unwrap();
+                rows.as_ref().to_vec()
             })
             .collect()
     }
@@ -187,76 +182,69 @@ pub fn relative_distance(found: &[f32], expected: &[f32]) -> f32 {
 /// All routed experts on one backend, computed when asked: the exchange with nothing in between.
 pub struct InPlaceExperts<B: Backend> {
     backend: Arc<B>,
-    hidden: usize,
     first_layer: usize,
-    layers: Vec<Vec<Ffn<B::Weight>>>,
-    done: Option<(ExchangeTicket, ExpertRows)>,
+    layers: Vec<B::ExpertTable>,
+    done: VecDeque<(ExchangeTicket, ExpertRows)>,
     next: u64,
 }
 
 impl<B: Backend> InPlaceExperts<B> {
     pub fn load(loader: &ExpertLoader<B>) -> Self {
         let config = loader.config();
+        let backend = loader.backend().clone();
         let layers = config
             .moe_layers()
             .map(|layer| {
-                (0..config.n_routed_experts as u16)
-                    .map(|e| loader.load(ExpertKey { layer, expert: LogicalExpert(e) }).unwrap())
-                    .collect()
+                let experts = (0..config.n_routed_experts as u16)
+                    .map(|e| Arc::new(loader.load(ExpertKey { layer, expert: LogicalExpert(e) }).unwrap()))
+                    .collect();
+                backend.expert_table(experts).unwrap()
             })
             .collect();
-        Self {
-            backend: loader.backend().clone(),
-            hidden: config.hidden_size,
-            first_layer: config.first_k_dense_replace,
-            layers,
-            done: None,
-            next: 0,
-        }
+        Self { backend, first_layer: config.first_k_dense_replace, layers, done: VecDeque::new(), next: 0 }
     }
 }
 
 impl<B: Backend> ExpertExchange for InPlaceExperts<B> {
     fn dispatch(&mut self, batch: DispatchBatch<'_>) -> Result<ExchangeTicket, ExchangeError> {
         let experts = &self.layers[batch.layer.index() - self.first_layer];
-        let pairs = batch.topk_idx.len();
-        // Pairs by expert, then token.
-        let mut order: Vec<usize> = (0..pairs).collect();
-        order.sort_by_key(|&pair| (batch.topk_idx[pair], pair));
-        let tokens: Vec<usize> = order.iter().map(|&pair| pair / batch.top_k).collect();
-        let mut groups = Vec::new();
-        for (row, &pair) in order.iter().enumerate() {
-            let expert = usize::from(batch.topk_idx[pair]);
+        let (pairs, hidden) = (batch.topk_idx.len(), batch.activations.cols);
+        // Pairs by expert, then token; results in the order of pairs.
+        let mut order: Vec<u32> = (0..pairs as u32).collect();
+        order.sort_by_key(|&pair| (batch.topk_idx[pair as usize], pair));
+        let tokens: Vec<u32> = order.iter().map(|pair| pair / batch.top_k as u32).collect();
+        let mut groups: Vec<RowGroup> = Vec::new();
+        for &pair in &order {
+            let expert = usize::from(batch.topk_idx[pair as usize]);
             match groups.last_mut() {
-                Some(RowGroup { expert: last, rows, .. }) if *last == expert => *rows += 1,
-                _ => groups.push(RowGroup { expert, first_row: row, rows: 1 }),
+                Some(group) if group.expert == expert => group.rows += 1,
+                _ => groups.push(RowGroup { expert, rows: 1 }),
             }
         }
         let backend = &*self.backend;
-        let mut queue = backend.queue().unwrap();
-        let mut input = backend.alloc(batch.activations.rows.max(1), self.hidden).unwrap();
-        let mut gathered = backend.alloc(pairs.max(1), self.hidden).unwrap();
-        let mut output = backend.alloc(pairs.max(1), self.hidden).unwrap();
-        backend.upload_rows(&mut queue, batch.activations, &mut input).unwrap();
-        backend.gather_rows(&mut queue, &input, &tokens, &mut gathered).unwrap();
-        let refs: Vec<&Ffn<B::Weight>> = experts.iter().collect();
-        backend.grouped_ffn(&mut queue, &gathered, &refs, &groups, &mut output).unwrap();
+        let queue = &mut backend.queue().unwrap();
+        let rows = batch.activations.rows;
+        let mut received = backend.alloc_rows(rows, hidden).unwrap();
+        backend.upload_rows(queue, batch.activations, 0, &mut received).unwrap();
+        let mut pass = backend.alloc_pass(PassLimits { rows, pairs }).unwrap();
+        let described = PassRows { input: &tokens, output: &order, groups: &groups };
+        backend.begin_pass(queue, &described, &mut pass).unwrap();
+        let mut results = backend.alloc_activations(pairs, hidden).unwrap();
+        backend.grouped_ffn(queue, &pass, experts, &received, &mut results).unwrap();
         let format = RowFormat::combine(backend.class());
-        let (mut data, mut scales) = (Vec::new(), Vec::new());
-        backend.download_rows(&mut queue, &output, pairs, format, &mut data, &mut scales).unwrap();
-        let width = format.row_bytes(self.hidden);
-        let mut rows = vec![0u8; data.len()];
-        for (row, &pair) in order.iter().enumerate() {
-            rows[pair * width..][..width].copy_from_slice(&data[row * width..][..width]);
-        }
+        let mut memory = backend.staging(pairs * format.row_bytes(hidden)).unwrap();
+        backend.download_activations(queue, &results, 0..pairs, &mut memory, 0).unwrap();
+        backend.synchronize(queue).unwrap();
+        let targets = (0..pairs as u32).collect();
+        let chunks = vec![ExpertChunk { rows: Bytes::from_owner(memory), targets }];
         self.next += 1;
         let ticket = ExchangeTicket(self.next);
-        self.done = Some((ticket, ExpertRows { format, rows: pairs, hidden: self.hidden, data: rows }));
+        self.done.push_back((ticket, ExpertRows { format, pairs, hidden, chunks }));
         Ok(ticket)
     }
 
     fn combine(&mut self, ticket: ExchangeTicket, out: &mut ExpertRows) -> Result<(), ExchangeError> {
-        let (done, rows) = self.done.take().unwrap();
+        let (done, rows) = self.done.pop_front().unwrap();
         assert_eq!(done, ticket);
         *out = rows;
         Ok(())

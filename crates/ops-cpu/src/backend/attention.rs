@@ -1,17 +1,18 @@
 //! Latent cache, rotation, kv_b, and what both forms of attention share.
 
-mod decode;
-mod prefill;
+mod absorbed;
+mod naive;
 
 use cadre_numerics::{rope, softmax};
 use cadre_ops::{
-    AttentionShape, HostMatrix, KvLayout, OpsError,
+    AttentionForm, AttentionShape, HostMatrix, KvLayout, OpsError,
     check::{self, Dims},
+    resident::HostStep,
 };
 use cadre_types::{PageId, Position};
 
-pub(super) use self::{decode::decode, prefill::prefill};
-use super::{Buffer, CpuBackend, transfer::Out};
+use self::{absorbed::absorbed, naive::naive};
+use super::{Buffer, CpuBackend, CpuQueue, transfer::Out};
 use crate::{
     kernels::{attention::Page, product::Rows},
     lanes::LANES,
@@ -136,13 +137,16 @@ pub(super) fn kv_read(
     table: &[PageId],
     first: Position,
     count: usize,
-    out: &mut Vec<u8>,
+    memory: &mut [u8],
+    at: usize,
 ) -> Result<(), OpsError> {
-    check::index("kv_read", "layer", layer, cache.layout.layers)?;
-    check::pages("kv_read", &cache.layout, table, first, count)?;
-    for position in first as usize..first as usize + count {
-        let offset = cache.offset(layer, table, position);
-        out.extend_from_slice(&cache.data[offset..offset + cache.row_bytes()]);
+    let (op, bytes) = ("kv_read", cache.row_bytes());
+    check::index(op, "layer", layer, cache.layout.layers)?;
+    check::pages(op, &cache.layout, table, first, count)?;
+    check::memory(op, memory.len(), at, check::product(op, count, bytes)?)?;
+    for (i, to) in memory[at..at + count * bytes].chunks_exact_mut(bytes.max(1)).enumerate() {
+        let offset = cache.offset(layer, table, first as usize + i);
+        to.copy_from_slice(&cache.data[offset..offset + bytes]);
     }
     Ok(())
 }
@@ -176,44 +180,39 @@ pub(super) struct AppendRow<'a> {
 #[allow(clippy::too_many_arguments, reason = "the trait's operation")]
 pub(super) fn kv_append(
     backend: &CpuBackend,
+    step: &HostStep,
     attention: &Attention,
     kv_a: &Buffer,
     append: AppendRow<'_>,
-    positions: &[Position],
-    tables: &[&[PageId]],
     layer: usize,
     cache: &mut KvCache,
 ) -> Result<(), OpsError> {
-    let (op, shape) = ("kv_append", &attention.shape);
-    check::cache(op, shape, &cache.layout, layer)?;
-    check::equal(op, "columns of kv_a", kv_a.dims.cols, shape.kv_lora + shape.rope)?;
-    check::equal(op, "entries of the norm", append.norm.len(), shape.kv_lora)?;
-    check::equal(op, "block tables", tables.len(), positions.len())?;
-    check::at_least(op, "row capacity of kv_a", kv_a.dims.rows, positions.len())?;
-    for (position, table) in positions.iter().zip(tables) {
-        check::index(op, "position", *position as usize, shape.max_positions)?;
-        check::pages(op, &cache.layout, table, *position, 1)?;
-    }
-    // Serial: rows may repeat a position (the last one wins), and a row is a microsecond's work.
+    let shape = &attention.shape;
+    let norm = append.norm.len();
+    check::kv_append("kv_append", step.info(), shape, &cache.layout, layer, kv_a.dims, norm)?;
+    // Serial: a row is a microsecond's work.
     let (round, width, row_bytes) = (backend.rounds(), cache.width(), cache.row_bytes());
     let mut cached = vec![0.0_f32; width];
-    for (row, (position, table)) in positions.iter().zip(tables).enumerate() {
-        let kv_a = kv_a.row(row);
-        cached[shape.kv_lora..].copy_from_slice(&kv_a[shape.kv_lora..]);
-        let offset = cache.offset(layer, table, *position as usize);
-        let to = cache.data[offset..offset + row_bytes].as_mut_ptr();
-        let at = cached.as_mut_ptr();
-        // SAFETY: `kv_a` and `cached` hold `width` values, the norm `kv_lora`, the rotary table a row for every
-        // position below `max_positions` (checked), the cache row `width` elements.
-        unsafe {
-            let (norm, eps) = (append.norm.as_ptr(), append.eps);
-            (backend.kernels.rms_norm)(kv_a.as_ptr(), norm, eps, shape.kv_lora, round, at);
-            let angles = attention.table.as_ptr().add(*position as usize * shape.rope);
-            (backend.kernels.rotate)(at.add(shape.kv_lora), angles, shape.rope / 2, round);
-            if cache.bf16 {
-                (backend.kernels.narrow_bf16)(at, width, to);
-            } else {
-                std::ptr::copy_nonoverlapping(at.cast::<u8>(), to, width * 4);
+    for segment in step.segments() {
+        for i in 0..segment.rows {
+            let position = segment.first_position as usize + i;
+            let kv_a = kv_a.row(segment.first_row + i);
+            cached[shape.kv_lora..].copy_from_slice(&kv_a[shape.kv_lora..]);
+            let offset = cache.offset(layer, segment.block_table, position);
+            let to = cache.data[offset..offset + row_bytes].as_mut_ptr();
+            let at = cached.as_mut_ptr();
+            // SAFETY: `kv_a` and `cached` hold `width` values, the norm `kv_lora`, the rotary table a row for
+            // every position below `max_positions` (checked), the cache row `width` elements.
+            unsafe {
+                let (norm, eps) = (append.norm.as_ptr(), append.eps);
+                (backend.kernels.rms_norm)(kv_a.as_ptr(), norm, eps, shape.kv_lora, round, at);
+                let angles = attention.table.as_ptr().add(position * shape.rope);
+                (backend.kernels.rotate)(at.add(shape.kv_lora), angles, shape.rope / 2, round);
+                if cache.bf16 {
+                    (backend.kernels.narrow_bf16)(at, width, to);
+                } else {
+                    std::ptr::copy_nonoverlapping(at.cast::<u8>(), to, width * 4);
+                }
             }
         }
     }
@@ -222,18 +221,14 @@ pub(super) fn kv_append(
 
 pub(super) fn rope_query(
     backend: &CpuBackend,
+    step: &HostStep,
     attention: &Attention,
-    positions: &[Position],
     q: &mut Buffer,
 ) -> Result<(), OpsError> {
-    let (op, shape) = ("rope_query", &attention.shape);
+    let shape = &attention.shape;
     let head = shape.nope + shape.rope;
-    check::equal(op, "columns of q", q.dims.cols, shape.heads * head)?;
-    check::at_least(op, "row capacity of q", q.dims.rows, positions.len())?;
-    for position in positions {
-        check::index(op, "position", *position as usize, shape.max_positions)?;
-    }
-    let (out, round) = (q.output(), backend.rounds());
+    check::rope_query("rope_query", step.info(), shape, q.dims)?;
+    let (out, round, positions) = (q.output(), backend.rounds(), step.positions());
     let base = Out(out.base);
     let cost = (positions.len() * shape.heads * shape.rope) as u64 * 2;
     backend.run_rows(positions.len(), cost, &|row| {
@@ -246,6 +241,52 @@ pub(super) fn rope_query(
             }
         }
     });
+    Ok(())
+}
+
+/// One row in absorbed form.
+#[derive(Clone, Copy)]
+struct AbsorbedRow<'a> {
+    row: usize,
+    position: usize,
+    block_table: &'a [PageId],
+}
+
+#[allow(clippy::too_many_arguments, reason = "the trait's operation")]
+pub(super) fn attend(
+    backend: &CpuBackend,
+    queue: &mut CpuQueue,
+    step: &HostStep,
+    attention: &Attention,
+    kv_up: &KvUp,
+    q: &Buffer,
+    layer: usize,
+    cache: &KvCache,
+    out: &mut Buffer,
+) -> Result<(), OpsError> {
+    let (op, shape) = ("attend", &attention.shape);
+    check::step_cache(op, step.info(), shape, &cache.layout, layer)?;
+    check::attention_io(op, shape, step.info(), q.dims, out.dims)?;
+    check::equal(op, "rows of kv_b", kv_up.dims.rows, shape.heads * (shape.nope + shape.v))?;
+    check::equal(op, "columns of kv_b", kv_up.dims.cols, shape.kv_lora)?;
+    check::equal(op, "heads of kv_b", kv_up.heads.len(), shape.heads)?;
+    let (mut segments, mut rows) = (Vec::new(), Vec::new());
+    for segment in step.segments() {
+        match segment.form {
+            AttentionForm::Naive => segments.push(segment),
+            AttentionForm::Absorbed => rows.extend((0..segment.rows).map(|i| AbsorbedRow {
+                row: segment.first_row + i,
+                position: segment.first_position as usize + i,
+                block_table: segment.block_table,
+            })),
+        }
+    }
+    if !segments.is_empty() {
+        naive(backend, queue, attention, kv_up, q, &segments, layer, cache, out)?;
+    }
+    if !rows.is_empty() {
+        absorbed(backend, queue, attention, kv_up, q, &rows, layer, cache, out)?;
+    }
     Ok(())
 }
 
@@ -271,20 +312,15 @@ impl Padded {
     }
 }
 
-fn check_attention(
-    op: &'static str,
-    shape: &AttentionShape,
-    kv_up: &KvUp,
-    q: &Buffer,
-    layer: usize,
-    cache: &KvCache,
-    out: &Buffer,
-) -> Result<(), OpsError> {
-    check::cache(op, shape, &cache.layout, layer)?;
-    check::attention_io(op, shape, q.dims, out.dims)?;
-    check::equal(op, "rows of kv_b", kv_up.dims.rows, shape.heads * (shape.nope + shape.v))?;
-    check::equal(op, "columns of kv_b", kv_up.dims.cols, shape.kv_lora)?;
-    check::equal(op, "heads of kv_b", kv_up.heads.len(), shape.heads)
+/// Scratch memory of attention over steps of `rows` rows.
+pub(super) fn scratch_bytes(shape: &AttentionShape, rows: u64, threads: u64) -> u64 {
+    let padded = Padded::of(shape);
+    let (keys, heads) = (softmax::KEYS as u64, shape.heads as u64);
+    let wide = |width: usize| width as u64;
+    let naive =
+        keys * wide(shape.kv_lora + padded.key + padded.value) + rows * wide(padded.key + padded.value + 2);
+    let absorbed = keys * wide(padded.latent_key);
+    4 * (threads * naive.max(absorbed) + rows * heads * wide(padded.latent_key + padded.latent + 2))
 }
 
 /// Rows of scratch memory.

@@ -1,10 +1,11 @@
 //! Products, norms, gate, combine and row arithmetic.
 
 use cadre_ops::{
-    GateShape, HostRows, OpsError, RowFormat,
+    GateShape, OpsError, RowFormat, SampleRow, Scoring,
     check::{self, Dims},
+    resident::{HostRouting, HostStep},
 };
-use cadre_types::TokenId;
+use cadre_sampler::{Sample, SampleError, Sampler};
 
 use super::{
     Buffer, CpuBackend, CpuQueue, Vector,
@@ -98,16 +99,14 @@ fn plain(op: &'static str, weight: &Weight) -> Result<(), OpsError> {
 
 pub(super) fn embed(
     backend: &CpuBackend,
+    step: &HostStep,
     table: &Weight,
-    ids: &[TokenId],
     y: &mut Buffer,
 ) -> Result<(), OpsError> {
     let op = "embed";
     plain(op, table)?;
-    check::equal(op, "columns of y", y.dims.cols, table.dims.cols)?;
-    check::at_least(op, "row capacity of y", y.dims.rows, ids.len())?;
-    ids.iter().try_for_each(|id| check::index(op, "token id", *id as usize, table.dims.rows))?;
-    let cols = y.dims.cols;
+    check::embed(op, step.info(), table.dims, y.dims)?;
+    let (ids, cols) = (step.ids(), y.dims.cols);
     let out = Out(y.output().base);
     // One element costs about as much as 16 of a row operation: they lie a cache line apart.
     let cost = (ids.len() * cols) as u64 * 2;
@@ -139,20 +138,23 @@ pub(super) fn rms_norm(
     Ok(())
 }
 
+/// `x W^T` of the leading rows.
+#[allow(clippy::too_many_arguments, reason = "two operations of the trait")]
 pub(super) fn linear(
     backend: &CpuBackend,
+    op: &'static str,
     queue: &mut CpuQueue,
     x: &Buffer,
     weight: &Weight,
     rows: usize,
+    finish: Finish,
     y: &mut Buffer,
 ) -> Result<(), OpsError> {
-    let op = "linear";
     plain(op, weight)?;
     check::linear(op, x.dims, weight.dims, rows, y.dims)?;
-    let (finish, out) = (backend.finish(), y.output());
+    let out = y.output();
     let product = if backend.quantises(weight) {
-        let q = transfer::quantise(backend, op, queue, x, rows, &|row| row)?;
+        let q = transfer::quantise(backend, op, queue, x, rows, weight.powers_of_two)?;
         let input = Rows { base: q.values, stride: x.dims.cols, index: std::ptr::null() };
         Product::new(weight, input, out, finish).with_input_scales(q.scales)
     } else {
@@ -163,48 +165,18 @@ pub(super) fn linear(
     Ok(())
 }
 
-pub(super) fn logits(
-    backend: &CpuBackend,
-    queue: &mut CpuQueue,
-    x: &Buffer,
-    rows: &[usize],
-    head: &Weight,
-    out: &mut Vec<f32>,
-) -> Result<(), OpsError> {
-    let op = "logits";
-    plain(op, head)?;
-    check::equal(op, "columns of x", x.dims.cols, head.dims.cols)?;
-    rows.iter().try_for_each(|row| check::index(op, "row", *row, x.dims.rows))?;
-    // Everything is written below: growing without clearing would only save the zeroing of what is new.
-    out.clear();
-    out.resize(check::product(op, rows.len(), head.dims.rows)?, 0.0);
-    let y = Rows { base: out.as_mut_ptr(), stride: head.dims.rows, index: std::ptr::null() };
-    let product = if backend.quantises(head) {
-        let q = transfer::quantise(backend, op, queue, x, rows.len(), &|i| rows[i])?;
-        let input = Rows { base: q.values, stride: x.dims.cols, index: std::ptr::null() };
-        Product::new(head, input, y, Finish::Exact).with_input_scales(q.scales)
-    } else {
-        let input = Rows { index: rows.as_ptr(), ..x.input() };
-        Product::new(head, input, y, Finish::Exact)
-    };
-    // SAFETY: indexed rows exist (checked), `out` has a row for each and is ours.
-    unsafe { backend.run_product(&product, head, rows.len()) };
-    Ok(())
-}
-
 #[allow(clippy::too_many_arguments, reason = "the trait's operation")]
 pub(super) fn gate(
     backend: &CpuBackend,
     queue: &mut CpuQueue,
+    step: &HostStep,
     x: &Buffer,
     weight: &Weight,
     bias: &Vector,
     shape: &GateShape,
-    rows: usize,
-    topk_idx: &mut Vec<u16>,
-    topk_weights: &mut Vec<f32>,
+    routing: &mut HostRouting,
 ) -> Result<(), OpsError> {
-    let op = "gate";
+    let (op, rows) = ("gate", step.info().rows);
     plain(op, weight)?;
     check::gate(op, x.dims, weight.dims, bias.0.len(), shape, rows)?;
     let logits = queue.logits.floats(op, rows * shape.experts)?;
@@ -212,59 +184,82 @@ pub(super) fn gate(
     let product = Product::new(weight, x.input(), y, Finish::Exact);
     // SAFETY: `rows` rows of `x` exist (checked) and of `logits` by its size; scratch is `queue`'s.
     unsafe { backend.run_product(&product, weight, rows) };
-    topk_idx.clear();
-    topk_weights.clear();
-    // SAFETY: all of `logits`.
-    unsafe { (backend.kernels.sigmoid)(logits.as_mut_ptr(), logits.len()) };
-    for (row, scores) in logits.chunks_exact(shape.experts).enumerate() {
-        queue.chooser.choose_scored(scores, &bias.0, shape, row, topk_idx, topk_weights)?;
+    if shape.scoring == Scoring::Sigmoid {
+        // SAFETY: all of `logits`.
+        unsafe { (backend.kernels.sigmoid)(logits.as_mut_ptr(), logits.len()) };
     }
-    Ok(())
+    let (chooser, experts) = (&mut queue.chooser, shape.experts);
+    routing.fill(op, rows, shape.top_k, |row, ids, weights| {
+        let row_of = &logits[row * experts..(row + 1) * experts];
+        match shape.scoring {
+            Scoring::Sigmoid => chooser.choose_scored(row_of, &bias.0, shape, row, ids, weights),
+            Scoring::Softmax => chooser.choose(row_of, &bias.0, shape, row, ids, weights),
+        }
+    })
 }
 
-#[allow(clippy::too_many_arguments, reason = "the trait's operation")]
 pub(super) fn combine(
     backend: &CpuBackend,
-    queue: &mut CpuQueue,
-    expert_rows: &HostRows<'_>,
-    topk_weights: &[f32],
-    top_k: usize,
+    experts: &cadre_ops::ExpertRows,
+    routing: &HostRouting,
     shared: Option<&Buffer>,
-    rows: usize,
     x: &mut Buffer,
 ) -> Result<(), OpsError> {
     let (op, cols) = ("combine", x.dims.cols);
-    let shared_dims = shared.map(|s| s.dims);
-    check::combine(op, expert_rows, topk_weights.len(), top_k, shared_dims, rows, x.dims)?;
-    let mut input = ExpertRows {
-        data: expert_rows.data.as_ptr(),
-        row_bytes: expert_rows.format.row_bytes(cols),
-        bf16: expert_rows.format == RowFormat::Bf16,
-    };
-    if expert_rows.format == RowFormat::E4m3 {
-        let decoded = queue.inner.floats(op, rows * top_k * cols)?;
-        for (pair, to) in decoded.chunks_exact_mut(cols.max(1)).enumerate() {
-            let (data, scales) = check::host_row(expert_rows, pair);
-            check::decode_row(expert_rows.format, data, scales, to);
+    let (rows, top_k) = (routing.rows(), routing.top_k());
+    check::combine(op, experts, top_k, shared.map(|s| s.dims), rows, x.dims)?;
+    // Rows are read where they arrived.
+    let mut places = vec![std::ptr::null::<u8>(); rows * top_k];
+    let width = experts.row_bytes();
+    for chunk in &experts.chunks {
+        for (row, target) in chunk.rows.chunks_exact(width.max(1)).zip(&chunk.targets) {
+            places[*target as usize] = row.as_ptr();
         }
-        input = ExpertRows { data: decoded.as_ptr().cast(), row_bytes: cols * 4, bf16: false };
     }
-    let input = Out((&raw const input).cast_mut());
+    let places = Out(places.as_mut_ptr());
+    let bf16 = experts.format == RowFormat::Bf16;
     let out = Out(x.output().base);
     let cost = (rows * cols * (top_k + 2)) as u64 / 16;
     backend.run_rows(rows, cost, &|t| {
         let shared = shared.map_or(std::ptr::null(), |shared| shared.row(t).as_ptr());
-        // SAFETY: `input` outlives the call; token `t` has `top_k` rows and weights (checked); row `t` of `x`
-        // is this call's.
+        // SAFETY: `places` and the chunks outlive the call; token `t` has `top_k` rows and weights (checked);
+        // row `t` of `x` is this call's.
         unsafe {
-            let input = *input.get();
-            let pairs = ExpertRows { data: input.data.add(t * top_k * input.row_bytes), ..input };
-            let weights = topk_weights.as_ptr().add(t * top_k);
+            let pairs = ExpertRows { rows: places.get().add(t * top_k), bf16 };
+            let weights = routing.weights().as_ptr().add(t * top_k);
             let x = out.get().add(t * cols);
             (backend.kernels.combine)(&pairs, weights, top_k, shared, cols, x);
         }
     });
     Ok(())
+}
+
+/// One token per entry, row by row on all threads.
+pub(super) fn sample(
+    backend: &CpuBackend,
+    queue: &mut CpuQueue,
+    logits: &mut Buffer,
+    rows: &[SampleRow<'_>],
+) -> Result<Vec<Result<Sample, SampleError>>, OpsError> {
+    check::sample_rows("sample", logits.dims.rows, rows.iter().map(|row| row.row))?;
+    let cols = logits.dims.cols;
+    queue.samplers.resize_with(backend.threads(), Sampler::new);
+    let mut drawn: Vec<Option<Result<Sample, SampleError>>> = vec![None; rows.len()];
+    let (samplers, to) = (Out(queue.samplers.as_mut_ptr()), Out(drawn.as_mut_ptr()));
+    let from = Out(logits.output().base);
+    // A scan or two over the row.
+    let cost = (rows.len() * cols) as u64 / 4;
+    backend.pool.run(rows.len(), cost, &|task, thread| {
+        let row = &rows[task];
+        // SAFETY: rows differ (checked) and exist; entry `task` of `drawn` and the sampler of this thread are
+        // this call's.
+        unsafe {
+            let logits = std::slice::from_raw_parts_mut(from.get().add(row.row * cols), cols);
+            let sampler = &mut *samplers.get().add(thread);
+            *to.get().add(task) = Some(sampler.sample(logits, row.params, row.history, row.position));
+        }
+    });
+    Ok(drawn.into_iter().flatten().collect())
 }
 
 pub(super) fn add(backend: &CpuBackend, x: &mut Buffer, delta: &Buffer, rows: usize) -> Result<(), OpsError> {

@@ -63,7 +63,13 @@ pub(crate) unsafe fn rms_norm<V: Lanes>(
 /// The machine has `V`'s instruction set; `x` and `y` hold `cols` values (they may be the same row),
 /// `scales` one per block; `y` and `scales` are not shared.
 #[inline(always)]
-pub(crate) unsafe fn quantise<V: Lanes>(x: *const f32, cols: usize, y: *mut f32, scales: *mut f32) {
+pub(crate) unsafe fn quantise<V: Lanes>(
+    x: *const f32,
+    cols: usize,
+    powers_of_two: bool,
+    y: *mut f32,
+    scales: *mut f32,
+) {
     // SAFETY: the caller's contract.
     unsafe {
         for block in 0..cols.div_ceil(BLOCK) {
@@ -75,7 +81,10 @@ pub(crate) unsafe fn quantise<V: Lanes>(x: *const f32, cols: usize, y: *mut f32,
             for i in (0..BLOCK).step_by(LANES) {
                 amax = V::load(padded.as_ptr().add(i)).abs().max(amax);
             }
-            let scale = amax.reduce_max() / cadre_numerics::e4m3::MAX;
+            let mut scale = amax.reduce_max() / cadre_numerics::e4m3::MAX;
+            if powers_of_two {
+                scale = quant::up_to_power_of_two(scale);
+            }
             *scales.add(block) = scale;
             for i in (0..BLOCK).step_by(LANES) {
                 let v = V::load(padded.as_ptr().add(i)).div(V::splat(scale)).round_e4m3();
@@ -191,10 +200,8 @@ pub(crate) unsafe fn narrow_bf16<V: Lanes>(from: *const f32, cols: usize, to: *m
 /// Expert rows of one token: how they are encoded and where they are.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ExpertRows {
-    /// First row of the token.
-    pub(crate) data: *const u8,
-    /// Bytes from one row to the next.
-    pub(crate) row_bytes: usize,
+    /// Where the rows of the token begin.
+    pub(crate) rows: *const *const u8,
     /// bf16 or F32 (any alignment).
     pub(crate) bf16: bool,
 }
@@ -204,7 +211,7 @@ impl ExpertRows {
     unsafe fn vector<V: Lanes>(&self, j: usize, i: usize) -> V {
         // SAFETY: 16 elements of an existing row; loads are unaligned.
         unsafe {
-            let row = self.data.add(j * self.row_bytes);
+            let row = *self.rows.add(j);
             if self.bf16 { V::load_bf16(row.add(2 * i)) } else { V::load(row.add(4 * i).cast()) }
         }
     }
@@ -213,7 +220,7 @@ impl ExpertRows {
     unsafe fn element(&self, j: usize, i: usize) -> f32 {
         // SAFETY: an element of an existing row.
         unsafe {
-            let row = self.data.add(j * self.row_bytes);
+            let row = *self.rows.add(j);
             if self.bf16 {
                 let code = row.add(2 * i).cast::<[u8; 2]>().read_unaligned();
                 bf16::decode(u16::from_le_bytes(code))

@@ -5,13 +5,15 @@ use cadre_numerics::{
     norm, reduce, rope,
     softmax::{self, State},
 };
-use cadre_types::{PageId, Position};
+use cadre_types::Position;
 
 use super::{Buffer, KvCache, KvUp, ReferenceBackend};
 use crate::{
-    backend::OpsError,
     check,
-    shape::{AttentionShape, DecodeRow, PrefillSegment},
+    error::OpsError,
+    resident::{HostSegment, HostStep},
+    shape::AttentionShape,
+    step::AttentionForm,
 };
 
 /// Rotates the pairs of `x` (one rotary part) for a position.
@@ -25,17 +27,13 @@ fn rotate(backend: &ReferenceBackend, shape: &AttentionShape, position: Position
 
 pub(super) fn rope_query(
     backend: &ReferenceBackend,
+    step: &HostStep,
     shape: &AttentionShape,
-    positions: &[Position],
     q: &mut Buffer,
 ) -> Result<(), OpsError> {
     let (op, head) = ("rope_query", shape.nope + shape.rope);
-    check::equal(op, "columns of q", q.dims.cols, shape.heads * head)?;
-    check::at_least(op, "row capacity of q", q.dims.rows, positions.len())?;
-    for position in positions {
-        check::index(op, "position", *position as usize, shape.max_positions)?;
-    }
-    for (row, position) in positions.iter().enumerate() {
+    check::rope_query(op, step.info(), shape, q.dims)?;
+    for (row, position) in step.positions().iter().enumerate() {
         for head in q.row_mut(row).chunks_exact_mut(head) {
             rotate(backend, shape, *position, &mut head[shape.nope..]);
         }
@@ -46,35 +44,28 @@ pub(super) fn rope_query(
 #[allow(clippy::too_many_arguments, reason = "the trait's operation")]
 pub(super) fn kv_append(
     backend: &ReferenceBackend,
+    step: &HostStep,
     shape: &AttentionShape,
     kv_a: &Buffer,
     norm: &[f32],
     eps: f32,
-    positions: &[Position],
-    tables: &[&[PageId]],
     layer: usize,
     cache: &mut KvCache,
 ) -> Result<(), OpsError> {
-    let op = "kv_append";
-    check::cache(op, shape, &cache.layout, layer)?;
-    check::equal(op, "columns of kv_a", kv_a.dims.cols, shape.kv_lora + shape.rope)?;
-    check::equal(op, "entries of the norm", norm.len(), shape.kv_lora)?;
-    check::equal(op, "block tables", tables.len(), positions.len())?;
-    check::at_least(op, "row capacity of kv_a", kv_a.dims.rows, positions.len())?;
-    for (position, table) in positions.iter().zip(tables) {
-        check::index(op, "position", *position as usize, shape.max_positions)?;
-        check::pages(op, &cache.layout, table, *position, 1)?;
-    }
-    for (row, (position, table)) in positions.iter().zip(tables).enumerate() {
-        let (c_raw, k_pe) = kv_a.row(row).split_at(shape.kv_lora);
-        let cached = cache.row_mut(layer, table, *position as usize);
-        let (c, k) = cached.split_at_mut(shape.kv_lora);
-        let inverse = norm::inverse_rms(c_raw, eps);
-        for ((c, x), w) in c.iter_mut().zip(c_raw).zip(norm) {
-            *c = backend.round(norm::scaled(*x, inverse, *w));
+    check::kv_append("kv_append", step.info(), shape, &cache.layout, layer, kv_a.dims, norm.len())?;
+    for segment in step.segments() {
+        for i in 0..segment.rows {
+            let position = segment.first_position + i as Position;
+            let (c_raw, k_pe) = kv_a.row(segment.first_row + i).split_at(shape.kv_lora);
+            let cached = cache.row_mut(layer, segment.block_table, position as usize);
+            let (c, k) = cached.split_at_mut(shape.kv_lora);
+            let inverse = norm::inverse_rms(c_raw, eps);
+            for ((c, x), w) in c.iter_mut().zip(c_raw).zip(norm) {
+                *c = backend.round(norm::scaled(*x, inverse, *w));
+            }
+            k.copy_from_slice(k_pe);
+            rotate(backend, shape, position, k);
         }
-        k.copy_from_slice(k_pe);
-        rotate(backend, shape, *position, k);
     }
     Ok(())
 }
@@ -103,85 +94,96 @@ fn attend<'a>(
 }
 
 #[allow(clippy::too_many_arguments, reason = "the trait's operation")]
-pub(super) fn prefill(
+pub(super) fn attend_all(
     backend: &ReferenceBackend,
+    step: &HostStep,
     shape: &AttentionShape,
     kv_up: &KvUp,
     q: &Buffer,
-    segments: &[PrefillSegment<'_>],
     layer: usize,
     cache: &KvCache,
     out: &mut Buffer,
 ) -> Result<(), OpsError> {
-    let op = "attention_prefill";
-    check::cache(op, shape, &cache.layout, layer)?;
-    check::attention_io(op, shape, q.dims, out.dims)?;
+    let op = "attend";
+    check::step_cache(op, step.info(), shape, &cache.layout, layer)?;
+    check::attention_io(op, shape, step.info(), q.dims, out.dims)?;
     check_kv_up(op, shape, kv_up)?;
-    check::segments(op, shape, &cache.layout, segments, q.dims.rows.min(out.dims.rows))?;
-    let (width, blocks) = (shape.nope + shape.rope, Blocks::aligned(shape.kv_lora));
-    for segment in segments.iter().filter(|segment| segment.rows > 0) {
-        let end = segment.first_position as usize + segment.rows;
-        for head in 0..shape.heads {
-            let first = head * (shape.nope + shape.v);
-            let expand = |c: &[f32], rows: std::ops::Range<usize>| -> Vec<f32> {
-                rows.map(|n| kv_up.weight.output(first + n, c, blocks, |_| 1.0)).collect()
-            };
-            let (mut keys, mut values) = (Vec::with_capacity(end), Vec::with_capacity(end));
-            for position in 0..end {
-                let (c, k_pe) = cache.row(layer, segment.block_table, position).split_at(shape.kv_lora);
-                let mut key = expand(c, 0..shape.nope);
-                key.extend_from_slice(k_pe);
-                keys.push(key);
-                values.push(expand(c, shape.nope..shape.nope + shape.v));
-            }
-            for i in 0..segment.rows {
-                let row = segment.first_row + i;
-                let seen = segment.first_position as usize + i + 1;
-                let q = &q.row(row)[head * width..(head + 1) * width];
-                let scale = shape.softmax_scale;
-                let o = attend(scale, q, seen, |j| &keys[j], |j| &values[j], shape.v);
-                let out = &mut out.row_mut(row)[head * shape.v..(head + 1) * shape.v];
-                out.iter_mut().zip(o).for_each(|(out, o)| *out = backend.round(o));
-            }
+    for segment in step.segments() {
+        match segment.form {
+            AttentionForm::Naive => naive(backend, shape, kv_up, q, &segment, layer, cache, out),
+            AttentionForm::Absorbed => absorbed(backend, shape, kv_up, q, &segment, layer, cache, out),
         }
     }
     Ok(())
 }
 
-#[allow(clippy::too_many_arguments, reason = "the trait's operation")]
-pub(super) fn decode(
+#[allow(clippy::too_many_arguments, reason = "one segment of the operation")]
+fn naive(
     backend: &ReferenceBackend,
     shape: &AttentionShape,
     kv_up: &KvUp,
     q: &Buffer,
-    rows: &[DecodeRow<'_>],
+    segment: &HostSegment<'_>,
     layer: usize,
     cache: &KvCache,
     out: &mut Buffer,
-) -> Result<(), OpsError> {
-    let op = "attention_decode";
-    check::cache(op, shape, &cache.layout, layer)?;
-    check::attention_io(op, shape, q.dims, out.dims)?;
-    check_kv_up(op, shape, kv_up)?;
-    check::decode_rows(op, shape, &cache.layout, rows, q.dims.rows.min(out.dims.rows))?;
+) {
+    let (width, blocks) = (shape.nope + shape.rope, Blocks::aligned(shape.kv_lora));
+    let end = segment.first_position as usize + segment.rows;
+    for head in 0..shape.heads {
+        let first = head * (shape.nope + shape.v);
+        let expand = |c: &[f32], rows: std::ops::Range<usize>| -> Vec<f32> {
+            rows.map(|n| kv_up.weight.output(first + n, c, blocks, |_| 1.0)).collect()
+        };
+        let (mut keys, mut values) = (Vec::with_capacity(end), Vec::with_capacity(end));
+        for position in 0..end {
+            let (c, k_pe) = cache.row(layer, segment.block_table, position).split_at(shape.kv_lora);
+            let mut key = expand(c, 0..shape.nope);
+            key.extend_from_slice(k_pe);
+            keys.push(key);
+            values.push(expand(c, shape.nope..shape.nope + shape.v));
+        }
+        for i in 0..segment.rows {
+            let row = segment.first_row + i;
+            let seen = segment.first_position as usize + i + 1;
+            let q = &q.row(row)[head * width..(head + 1) * width];
+            let scale = shape.softmax_scale;
+            let o = attend(scale, q, seen, |j| &keys[j], |j| &values[j], shape.v);
+            let out = &mut out.row_mut(row)[head * shape.v..(head + 1) * shape.v];
+            out.iter_mut().zip(o).for_each(|(out, o)| *out = backend.round(o));
+        }
+    }
+}
+
+#[allow(clippy::too_many_arguments, reason = "one segment of the operation")]
+fn absorbed(
+    backend: &ReferenceBackend,
+    shape: &AttentionShape,
+    kv_up: &KvUp,
+    q: &Buffer,
+    segment: &HostSegment<'_>,
+    layer: usize,
+    cache: &KvCache,
+    out: &mut Buffer,
+) {
     let width = shape.nope + shape.rope;
-    for row in rows {
-        let seen = row.position as usize + 1;
+    for i in 0..segment.rows {
+        let row = segment.first_row + i;
+        let seen = segment.first_position as usize + i + 1;
         for head in 0..shape.heads {
             let first = head * (shape.nope + shape.v);
-            let (q_nope, q_pe) = q.row(row.row)[head * width..(head + 1) * width].split_at(shape.nope);
+            let (q_nope, q_pe) = q.row(row)[head * width..(head + 1) * width].split_at(shape.nope);
             let mut query = absorb(kv_up, first, q_nope, shape.kv_lora);
             query.extend_from_slice(q_pe);
-            let key = |j| cache.row(layer, row.block_table, j);
+            let key = |j| cache.row(layer, segment.block_table, j);
             let o = attend(shape.softmax_scale, &query, seen, key, key, shape.kv_lora);
             let blocks = Blocks::aligned(shape.kv_lora);
             for d in 0..shape.v {
                 let value = kv_up.weight.output(first + shape.nope + d, &o, blocks, |_| 1.0);
-                out.row_mut(row.row)[head * shape.v + d] = backend.round(value);
+                out.row_mut(row)[head * shape.v + d] = backend.round(value);
             }
         }
     }
-    Ok(())
 }
 
 /// `q_lat[c] = sum over d of q_nope[d] * W_UK[d][c]`: the reduction runs along rows `first..` of kv_b, so

@@ -1,23 +1,23 @@
 //! Everything except attention: products, norms, feed-forward, gate, combine and row moves.
 
-use cadre_numerics::{exp::silu, linear::Blocks, norm};
-use cadre_types::TokenId;
+use std::sync::Arc;
 
-use super::{Buffer, ReferenceBackend, Weight};
+use cadre_numerics::{exp::silu, linear::Blocks, norm};
+
+use super::{Buffer, ReferenceBackend, Rows, Weight};
 use crate::{
-    backend::{Ffn, OpsError},
-    check,
+    backend::Ffn,
+    check::{self, Dims},
+    error::OpsError,
+    exchange::ExpertRows,
     gate::Chooser,
-    host::HostRows,
-    shape::{GateShape, RowGroup},
+    resident::{HostPass, HostRouting, HostStep},
+    shape::GateShape,
 };
 
-pub(super) fn embed(table: &Weight, ids: &[TokenId], y: &mut Buffer) -> Result<(), OpsError> {
-    let op = "embed";
-    check::equal(op, "columns of y", y.dims.cols, table.dims.cols)?;
-    check::at_least(op, "row capacity of y", y.dims.rows, ids.len())?;
-    ids.iter().try_for_each(|id| check::index(op, "token id", *id as usize, table.dims.rows))?;
-    for (t, id) in ids.iter().enumerate() {
+pub(super) fn embed(step: &HostStep, table: &Weight, y: &mut Buffer) -> Result<(), OpsError> {
+    check::embed("embed", step.info(), table.dims, y.dims)?;
+    for (t, id) in step.ids().iter().enumerate() {
         for (k, value) in y.row_mut(t).iter_mut().enumerate() {
             *value = table.value(*id as usize, k) * table.scale(*id as usize, k);
         }
@@ -53,7 +53,7 @@ pub(super) fn linear(
 ) -> Result<(), OpsError> {
     check::linear("linear", x.dims, weight.dims, rows, y.dims)?;
     for row in 0..rows {
-        let product = backend.product(x.row(row), x.coded(row), weight);
+        let product = backend.product(x.row(row), None, weight);
         for (y, value) in y.row_mut(row).iter_mut().zip(product) {
             *y = backend.round(value);
         }
@@ -64,77 +64,89 @@ pub(super) fn linear(
 pub(super) fn logits(
     backend: &ReferenceBackend,
     x: &Buffer,
-    rows: &[usize],
     head: &Weight,
-    out: &mut Vec<f32>,
+    rows: usize,
+    y: &mut Buffer,
 ) -> Result<(), OpsError> {
-    check::equal("logits", "columns of x", x.dims.cols, head.dims.cols)?;
-    rows.iter().try_for_each(|row| check::index("logits", "row", *row, x.dims.rows))?;
-    out.clear();
-    for row in rows {
-        out.extend(backend.product(x.row(*row), x.coded(*row), head));
+    check::linear("logits", x.dims, head.dims, rows, y.dims)?;
+    for row in 0..rows {
+        let product = backend.product(x.row(row), None, head);
+        y.row_mut(row).copy_from_slice(&product);
+    }
+    Ok(())
+}
+
+/// One row through a feed-forward block.
+fn ffn_row(
+    backend: &ReferenceBackend,
+    ffn: &Ffn<Weight>,
+    x: &[f32],
+    codes: Option<(&[u8], &[f32])>,
+    y: &mut [f32],
+) {
+    let gate_up = backend.product(x, codes, &ffn.gate_up);
+    let up = &gate_up[Weight::up_row(ffn.inner)..];
+    let inner: Vec<f32> =
+        gate_up[..ffn.inner].iter().zip(up).map(|(gate, up)| backend.round(silu(*gate) * up)).collect();
+    let product = backend.product(&inner, None, &ffn.down);
+    y.iter_mut().zip(product).for_each(|(y, value)| *y = backend.round(value));
+}
+
+pub(super) fn ffn(
+    backend: &ReferenceBackend,
+    x: &Buffer,
+    ffn: &Ffn<Weight>,
+    rows: usize,
+    y: &mut Buffer,
+) -> Result<(), OpsError> {
+    let op = "ffn";
+    check::equal(op, "columns of x", x.dims.cols, ffn.gate_up.dims.cols)?;
+    check::equal(op, "columns of y", y.dims.cols, ffn.down.dims.rows)?;
+    check::at_least(op, "row capacity of x", x.dims.rows, rows)?;
+    check::at_least(op, "row capacity of y", y.dims.rows, rows)?;
+    for row in 0..rows {
+        ffn_row(backend, ffn, x.row(row), None, y.row_mut(row));
     }
     Ok(())
 }
 
 pub(super) fn grouped_ffn(
     backend: &ReferenceBackend,
-    op: &'static str,
-    x: &Buffer,
-    experts: &[&Ffn<Weight>],
-    groups: &[RowGroup],
+    pass: &HostPass,
+    experts: &[Arc<Ffn<Weight>>],
+    x: &Rows,
     y: &mut Buffer,
 ) -> Result<(), OpsError> {
-    for ffn in experts {
-        check::equal(op, "columns of x", x.dims.cols, ffn.gate_up.dims.cols)?;
+    let op = "grouped_ffn";
+    if let Some(ffn) = experts.first() {
+        check::equal(op, "columns of x", x.dims().cols, ffn.gate_up.dims.cols)?;
         check::equal(op, "columns of y", y.dims.cols, ffn.down.dims.rows)?;
-        check::equal(op, "inner width of an expert", ffn.inner, experts[0].inner)?;
     }
-    check::groups(op, groups, experts.len(), x.dims, y.dims)?;
-    for group in groups {
-        let ffn = experts[group.expert];
-        for row in group.first_row..group.first_row + group.rows {
-            let gate_up = backend.product(x.row(row), x.coded(row), &ffn.gate_up);
-            let up = &gate_up[Weight::up_row(ffn.inner)..];
-            let inner: Vec<f32> = gate_up[..ffn.inner]
-                .iter()
-                .zip(up)
-                .map(|(gate, up)| backend.round(silu(*gate) * up))
-                .collect();
-            let product = backend.product(&inner, None, &ffn.down);
-            for (y, value) in y.row_mut(row).iter_mut().zip(product) {
-                *y = backend.round(value);
-            }
-        }
+    check::pass(op, pass.info(), experts.len(), x.dims(), y.dims)?;
+    let experts =
+        pass.groups().iter().flat_map(|group| std::iter::repeat_n(&experts[group.expert], group.rows));
+    for ((expert, from), to) in experts.zip(pass.input()).zip(pass.output()) {
+        ffn_row(backend, expert, x.values.row(*from), x.coded(*from), y.row_mut(*to));
     }
     Ok(())
 }
 
-pub(super) fn gather_rows(x: &Buffer, rows: &[usize], y: &mut Buffer) -> Result<(), OpsError> {
-    let op = "gather_rows";
-    check::equal(op, "columns of y", y.dims.cols, x.dims.cols)?;
-    check::at_least(op, "row capacity of y", y.dims.rows, rows.len())?;
-    rows.iter().try_for_each(|row| check::index(op, "row", *row, x.dims.rows))?;
-    let (mut codes, mut scales) = (Vec::new(), Vec::new());
-    for (to, from) in rows.iter().enumerate() {
+pub(super) fn gather_wanted(step: &HostStep, x: &Buffer, y: &mut Buffer) -> Result<(), OpsError> {
+    check::gather_wanted("gather_wanted", step.info(), x.dims, y.dims)?;
+    for (to, from) in step.wanted().iter().enumerate() {
         y.row_mut(to).copy_from_slice(x.row(*from));
-        if let Some((c, s)) = x.coded(*from) {
-            codes.extend_from_slice(c);
-            scales.extend_from_slice(s);
-        }
     }
-    let all_coded = !rows.is_empty() && rows.iter().all(|row| x.coded(*row).is_some());
-    y.set_coded(if all_coded { rows.len() } else { 0 }, codes, scales);
+    Ok(())
+}
+
+pub(super) fn assign(x: &mut Buffer, y: &Buffer, rows: usize) -> Result<(), OpsError> {
+    check::same_width("assign", y.dims, x.dims, rows)?;
+    (0..rows).for_each(|row| x.row_mut(row).copy_from_slice(y.row(row)));
     Ok(())
 }
 
 pub(super) fn concat(a: &Buffer, b: &Buffer, rows: usize, y: &mut Buffer) -> Result<(), OpsError> {
-    let op = "concat";
-    check::equal(op, "columns of y", y.dims.cols, a.dims.cols + b.dims.cols)?;
-    for (what, buffer) in [("row capacity of a", a), ("row capacity of b", b)] {
-        check::at_least(op, what, buffer.dims.rows, rows)?;
-    }
-    check::at_least(op, "row capacity of y", y.dims.rows, rows)?;
+    check::concat("concat", a.dims, b.dims, rows, y.dims)?;
     for row in 0..rows {
         let (left, right) = y.row_mut(row).split_at_mut(a.dims.cols);
         left.copy_from_slice(a.row(row));
@@ -154,43 +166,41 @@ pub(super) fn add(x: &mut Buffer, delta: &Buffer, rows: usize) -> Result<(), Ops
 }
 
 pub(super) fn gate(
+    step: &HostStep,
     x: &Buffer,
     weight: &Weight,
     bias: &[f32],
     shape: &GateShape,
-    rows: usize,
-    topk_idx: &mut Vec<u16>,
-    topk_weights: &mut Vec<f32>,
+    routing: &mut HostRouting,
 ) -> Result<(), OpsError> {
-    check::gate("gate", x.dims, weight.dims, bias.len(), shape, rows)?;
-    topk_idx.clear();
-    topk_weights.clear();
+    let (op, rows) = ("gate", step.info().rows);
+    check::gate(op, x.dims, weight.dims, bias.len(), shape, rows)?;
     let blocks = Blocks::aligned(weight.dims.cols);
     let mut chooser = Chooser::default();
-    for row in 0..rows {
+    routing.fill(op, rows, shape.top_k, |row, ids, weights| {
         let logits: Vec<f32> =
             (0..weight.dims.rows).map(|n| weight.output(n, x.row(row), blocks, |_| 1.0)).collect();
-        chooser.choose(&logits, bias, shape, row, topk_idx, topk_weights)?;
-    }
-    Ok(())
+        chooser.choose(&logits, bias, shape, row, ids, weights)
+    })
 }
 
 pub(super) fn combine(
-    expert_rows: &HostRows<'_>,
-    topk_weights: &[f32],
-    top_k: usize,
+    experts: &ExpertRows,
+    routing: &HostRouting,
     shared: Option<&Buffer>,
-    rows: usize,
     x: &mut Buffer,
 ) -> Result<(), OpsError> {
-    let (op, shared_dims) = ("combine", shared.map(|s| s.dims));
-    check::combine(op, expert_rows, topk_weights.len(), top_k, shared_dims, rows, x.dims)?;
-    let mut decoded = vec![0.0; x.dims.cols];
+    let (rows, top_k) = (routing.rows(), routing.top_k());
+    check::combine("combine", experts, top_k, shared.map(|s| s.dims), rows, x.dims)?;
+    let expert_rows = experts.in_order();
+    let width = experts.row_bytes();
+    let Dims { cols, .. } = x.dims;
+    let mut decoded = vec![0.0; cols];
     for t in 0..rows {
-        let mut sum = vec![0.0_f32; x.dims.cols];
-        for (j, weight) in topk_weights[t * top_k..(t + 1) * top_k].iter().enumerate() {
-            let (data, scales) = check::host_row(expert_rows, t * top_k + j);
-            check::decode_row(expert_rows.format, data, scales, &mut decoded);
+        let mut sum = vec![0.0_f32; cols];
+        for (pair, weight) in (t * top_k..).zip(&routing.weights()[t * top_k..(t + 1) * top_k]) {
+            let row = &expert_rows[pair * width..(pair + 1) * width];
+            check::decode_row(experts.format, row, &[], &mut decoded);
             for (sum, value) in sum.iter_mut().zip(&decoded) {
                 *sum = weight.mul_add(*value, *sum);
             }

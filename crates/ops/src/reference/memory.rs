@@ -1,57 +1,77 @@
 //! What the reference keeps, and transfers to and from the host.
 
+use std::ops::Range;
+
 use cadre_numerics::{
     bf16, e4m3,
     linear::{self, Blocks},
     quant,
 };
-use cadre_types::{NumericsClass, PageId, Position};
+use cadre_types::{NumericsClass, PageId, Position, config::ScaleFormat};
 
 use crate::{
-    backend::OpsError,
     check::{self, Dims},
-    host::{HostMatrix, HostRows, MatrixData, RowFormat},
+    error::OpsError,
+    host::{HostMatrix, HostRows, MatrixData, RowFormat, RowLayout},
     shape::KvLayout,
 };
 
-/// Activations `[rows, cols]`, row-major.
+/// Values `[rows, cols]`, row-major: residual stream, activations and logits.
 #[derive(Clone, Debug)]
 pub struct Buffer {
     pub(super) dims: Dims,
     data: Vec<f32>,
-    /// Codes and scales of the leading `coded_rows` rows, as they arrived.
-    codes: Vec<u8>,
-    scales: Vec<f32>,
-    coded_rows: usize,
 }
 
 impl Buffer {
     pub(super) fn new(dims: Dims) -> Self {
-        let data = vec![0.0; dims.rows * dims.cols];
-        Self { dims, data, codes: Vec::new(), scales: Vec::new(), coded_rows: 0 }
+        Self { dims, data: vec![0.0; dims.rows * dims.cols] }
     }
 
     pub(super) fn row(&self, row: usize) -> &[f32] {
         &self.data[row * self.dims.cols..(row + 1) * self.dims.cols]
     }
 
-    /// A row to be written; the buffer forgets codes.
     pub(super) fn row_mut(&mut self, row: usize) -> &mut [f32] {
-        self.coded_rows = 0;
         &mut self.data[row * self.dims.cols..(row + 1) * self.dims.cols]
     }
 
-    /// Codes and scales of a row, if it arrived with them.
+    pub(super) fn rows(&self, rows: Range<usize>) -> &[f32] {
+        &self.data[rows.start * self.dims.cols..rows.end * self.dims.cols]
+    }
+}
+
+/// Rows in the dispatch format: values, and in class fp8 the codes and scales that they are made of.
+#[derive(Clone, Debug)]
+pub struct Rows {
+    pub(super) values: Buffer,
+    /// `[rows, cols]` and `[rows, blocks]`.
+    codes: Option<(Vec<u8>, Vec<f32>)>,
+}
+
+impl Rows {
+    pub(super) fn new(dims: Dims, format: RowFormat) -> Self {
+        let coded = || (vec![0; dims.rows * dims.cols], vec![0.0; dims.rows * quant::blocks(dims.cols)]);
+        Self { values: Buffer::new(dims), codes: (format == RowFormat::E4m3).then(coded) }
+    }
+
+    pub(super) fn dims(&self) -> Dims {
+        self.values.dims
+    }
+
+    /// Codes and scales of a row.
     pub(super) fn coded(&self, row: usize) -> Option<(&[u8], &[f32])> {
-        let (cols, blocks) = (self.dims.cols, quant::blocks(self.dims.cols));
-        (row < self.coded_rows).then(|| {
-            (&self.codes[row * cols..(row + 1) * cols], &self.scales[row * blocks..(row + 1) * blocks])
+        let (cols, blocks) = (self.dims().cols, quant::blocks(self.dims().cols));
+        self.codes.as_ref().map(|(codes, scales)| {
+            (&codes[row * cols..(row + 1) * cols], &scales[row * blocks..(row + 1) * blocks])
         })
     }
 
-    /// Attaches codes and scales of the leading rows.
-    pub(super) fn set_coded(&mut self, rows: usize, codes: Vec<u8>, scales: Vec<f32>) {
-        (self.coded_rows, self.codes, self.scales) = (rows, codes, scales);
+    fn coded_mut(&mut self, row: usize) -> Option<(&mut [u8], &mut [f32])> {
+        let (cols, blocks) = (self.dims().cols, quant::blocks(self.dims().cols));
+        self.codes.as_mut().map(|(codes, scales)| {
+            (&mut codes[row * cols..(row + 1) * cols], &mut scales[row * blocks..(row + 1) * blocks])
+        })
     }
 }
 
@@ -63,25 +83,29 @@ pub struct Weight {
     values: Vec<f32>,
     /// e4m3 only: scale x 2^8, as in [`MatrixData::E4m3`].
     scales: Option<Vec<f32>>,
+    /// Scales of a quantised input.
+    pub(super) input_scales: ScaleFormat,
 }
 
 impl Weight {
     pub(super) fn new(matrix: &HostMatrix<'_>) -> Self {
         let dims = Dims { rows: matrix.rows, cols: matrix.cols };
-        let (values, scales) = match matrix.data {
+        let (values, scales, input_scales) = match matrix.data {
             MatrixData::F32(bytes) => {
-                (bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(), None)
+                let values = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+                (values.collect(), None, ScaleFormat::F32)
             }
             MatrixData::Bf16(bytes) => {
                 let codes = bytes.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b));
-                (codes.map(bf16::decode).collect(), None)
+                (codes.map(bf16::decode).collect(), None, ScaleFormat::F32)
             }
-            MatrixData::E4m3 { codes, scales } => (
+            MatrixData::E4m3 { codes, scales, input_scales, .. } => (
                 codes.iter().map(|code| e4m3::decode(*code) / e4m3::FOLD).collect(),
                 Some(scales.iter().map(|scale| scale * e4m3::FOLD).collect()),
+                input_scales,
             ),
         };
-        Self { dims, values, scales }
+        Self { dims, values, scales, input_scales }
     }
 
     /// gate above up. Each keeps its own scale rows, so the upper part is padded to whole blocks.
@@ -167,57 +191,99 @@ impl KvCache {
     }
 }
 
-fn encode(values: &[f32], format: RowFormat, data: &mut Vec<u8>) {
+fn write(values: &[f32], format: RowFormat, out: &mut [u8]) {
     match format {
-        RowFormat::F32 => data.extend(values.iter().flat_map(|v| v.to_le_bytes())),
-        RowFormat::Bf16 => data.extend(values.iter().flat_map(|v| bf16::encode(*v).to_le_bytes())),
+        RowFormat::F32 => {
+            for (out, value) in out.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+                *out = value.to_le_bytes();
+            }
+        }
+        RowFormat::Bf16 => {
+            for (out, value) in out.as_chunks_mut::<2>().0.iter_mut().zip(values) {
+                *out = bf16::encode(*value).to_le_bytes();
+            }
+        }
         RowFormat::E4m3 => {}
     }
 }
 
-pub(super) fn download_rows(
-    x: &Buffer,
-    rows: usize,
-    format: RowFormat,
-    data: &mut Vec<u8>,
-    scales: &mut Vec<u8>,
-) -> Result<(), OpsError> {
-    check::at_least("download_rows", "row capacity of x", x.dims.rows, rows)?;
-    data.clear();
-    scales.clear();
+pub(super) fn encode(x: &Buffer, rows: usize, scales: ScaleFormat, y: &mut Rows) -> Result<(), OpsError> {
+    check::same_width("encode", x.dims, y.dims(), rows)?;
     for row in 0..rows {
-        if format != RowFormat::E4m3 {
-            encode(x.row(row), format, data);
-            continue;
-        }
-        let mut own = (vec![0; x.dims.cols], vec![0.0; quant::blocks(x.dims.cols)]);
-        let (codes, s) = x.coded(row).unwrap_or_else(|| {
-            quant::row(x.row(row), &mut own.0, &mut own.1);
-            (&own.0, &own.1)
-        });
-        data.extend_from_slice(codes);
-        encode(s, RowFormat::F32, scales);
+        y.values.row_mut(row).copy_from_slice(x.row(row));
+        let mut values = vec![0.0; x.dims.cols];
+        let Some((codes, own)) = y.coded_mut(row) else { continue };
+        quant::row(x.row(row), scales == ScaleFormat::Ue8m0, codes, own);
+        let bytes: Vec<u8> = own.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+        check::decode_row(RowFormat::E4m3, codes, &bytes, &mut values);
+        y.values.row_mut(row).copy_from_slice(&values);
     }
     Ok(())
 }
 
-pub(super) fn upload_rows(rows: &HostRows<'_>, y: &mut Buffer) -> Result<(), OpsError> {
-    let op = "upload_rows";
-    check::host_rows(op, rows)?;
-    check::equal(op, "columns of y", y.dims.cols, rows.cols)?;
-    check::at_least(op, "row capacity of y", y.dims.rows, rows.rows)?;
+pub(super) fn download_rows(
+    x: &Rows,
+    class: NumericsClass,
+    rows: usize,
+    memory: &mut [u8],
+    at: usize,
+) -> Result<(), OpsError> {
+    let (op, cols, format) = ("download_rows", x.dims().cols, RowFormat::dispatch(class));
+    check::at_least(op, "row capacity of x", x.dims().rows, rows)?;
+    let layout = RowLayout::of(format, rows, cols);
+    check::memory(op, memory.len(), at, layout.bytes)?;
+    let (width, blocks) = (format.row_bytes(cols), format.row_scales(cols));
+    let memory = &mut memory[at..at + layout.bytes];
+    for row in 0..rows {
+        let to = row * width..(row + 1) * width;
+        match x.coded(row) {
+            None => write(x.values.row(row), format, &mut memory[to]),
+            Some((codes, scales)) => {
+                memory[to].copy_from_slice(codes);
+                let first = layout.scales_at + row * blocks * 4;
+                write(scales, RowFormat::F32, &mut memory[first..first + blocks * 4]);
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn download_activations(
+    x: &Buffer,
+    class: NumericsClass,
+    rows: Range<usize>,
+    memory: &mut [u8],
+    at: usize,
+) -> Result<(), OpsError> {
+    let (op, format) = ("download_activations", RowFormat::combine(class));
+    check::rows(op, x.dims, &rows)?;
+    let bytes = rows.len() * format.row_bytes(x.dims.cols);
+    check::memory(op, memory.len(), at, bytes)?;
+    write(x.rows(rows), format, &mut memory[at..at + bytes]);
+    Ok(())
+}
+
+pub(super) fn upload_rows(
+    rows: &HostRows<'_>,
+    class: NumericsClass,
+    first_row: usize,
+    y: &mut Rows,
+) -> Result<(), OpsError> {
+    check::upload_rows("upload_rows", rows, class, first_row, y.dims())?;
     for row in 0..rows.rows {
         let (data, scales) = check::host_row(rows, row);
-        check::decode_row(rows.format, data, scales, y.row_mut(row));
-    }
-    y.coded_rows = 0;
-    if rows.format == RowFormat::E4m3 {
-        let scales = rows.scales.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
-        y.set_coded(rows.rows, rows.data.to_vec(), scales.collect());
+        check::decode_row(rows.format, data, scales, y.values.row_mut(first_row + row));
+        if let Some((codes, own)) = y.coded_mut(first_row + row) {
+            codes.copy_from_slice(data);
+            for (own, bytes) in own.iter_mut().zip(scales.as_chunks::<4>().0) {
+                *own = f32::from_le_bytes(*bytes);
+            }
+        }
     }
     Ok(())
 }
 
+#[allow(clippy::too_many_arguments, reason = "the trait's operation")]
 pub(super) fn kv_read(
     cache: &KvCache,
     class: NumericsClass,
@@ -225,12 +291,17 @@ pub(super) fn kv_read(
     table: &[PageId],
     first: Position,
     count: usize,
-    out: &mut Vec<u8>,
+    memory: &mut [u8],
+    at: usize,
 ) -> Result<(), OpsError> {
-    check::index("kv_read", "layer", layer, cache.layout.layers)?;
-    check::pages("kv_read", &cache.layout, table, first, count)?;
-    for position in first as usize..first as usize + count {
-        encode(cache.row(layer, table, position), RowFormat::combine(class), out);
+    let (op, format) = ("kv_read", RowFormat::combine(class));
+    let width = format.row_bytes(cache.layout.kv_lora_rank + cache.layout.qk_rope_head_dim);
+    check::index(op, "layer", layer, cache.layout.layers)?;
+    check::pages(op, &cache.layout, table, first, count)?;
+    check::memory(op, memory.len(), at, check::product(op, count, width)?)?;
+    for i in 0..count {
+        let to = &mut memory[at + i * width..at + (i + 1) * width];
+        write(cache.row(layer, table, first as usize + i), format, to);
     }
     Ok(())
 }

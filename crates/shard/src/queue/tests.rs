@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use cadre_dispatch::{Answer, AnswerSink, LinkError, ShardContract};
-use cadre_ops::RowFormat;
+use cadre_ops::{ReferenceBackend, RowFormat};
 use cadre_types::{Generation, LayerId, ModelHash, NumericsClass, PlacementEpoch, ShardIndex};
 
 use super::*;
@@ -26,16 +26,16 @@ impl AnswerSink for Answers {
 const GENERATION: Generation =
     Generation { model: ModelHash([0; 16]), numerics: NumericsClass::F32, epoch: PlacementEpoch(1) };
 
-fn held() -> Arc<Held<()>> {
+fn held() -> Arc<Held<ReferenceBackend>> {
     let contract =
         ShardContract { shard: ShardIndex(0), generation: GENERATION, hidden: 4, slots: Vec::new() };
     Arc::new(Held::empty(contract))
 }
 
 struct Bench {
-    queue: Queue<()>,
+    queue: Queue<ReferenceBackend>,
     answers: Arc<Answers>,
-    held: Arc<Held<()>>,
+    held: Arc<Held<ReferenceBackend>>,
     sequence: u64,
 }
 

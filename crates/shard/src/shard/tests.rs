@@ -4,7 +4,10 @@ use std::sync::atomic::AtomicUsize;
 
 use bytes::Bytes;
 use cadre_dispatch::{Answer, AnswerSink, LinkError};
-use cadre_ops::{HostMatrix, HostRows, MatrixData, RowFormat, reference::ReferenceBackend};
+use cadre_ops::{
+    EncodedRows, HostMatrix, MatrixData, PassLimits, PassRows, RowFormat, RowGroup,
+    reference::ReferenceBackend,
+};
 use cadre_types::{LayerPlacement, LogicalExpert, ModelHash, NumericsClass};
 use proptest::prelude::*;
 
@@ -123,30 +126,36 @@ impl Bench {
         }
     }
 
-    /// Each pair by itself through the backend's plain feed-forward.
+    /// Each pair by itself through its expert.
     fn expected(&self, frame: &DispatchFrame, slots: &[u16]) -> Vec<u8> {
         let (width, scale_width) = (frame.format.row_bytes(HIDDEN), 4 * frame.format.row_scales(HIDDEN));
-        let mut queue = self.backend.queue().unwrap();
-        let mut x = self.backend.alloc(1, HIDDEN).unwrap();
-        let mut y = self.backend.alloc(1, HIDDEN).unwrap();
+        let (backend, one) = (&self.backend, PassLimits { rows: 1, pairs: 1 });
+        let queue = &mut backend.queue().unwrap();
+        let mut x = backend.alloc_rows(1, HIDDEN).unwrap();
+        let mut pass = backend.alloc_pass(one).unwrap();
+        let groups = [RowGroup { expert: 0, rows: 1 }];
+        backend
+            .begin_pass(queue, &PassRows { input: &[0], output: &[0], groups: &groups }, &mut pass)
+            .unwrap();
+        let mut y = backend.alloc_activations(1, HIDDEN).unwrap();
+        let mut memory = backend.staging(RowFormat::combine(self.class).row_bytes(HIDDEN)).unwrap();
         let mut out = Vec::new();
         for (&slot, &token) in frame.pair_slots.iter().zip(&frame.pair_tokens) {
             let token = token as usize;
             let expert = LogicalExpert(slots[slot as usize]);
             let ffn = self.weights.load(ExpertKey { layer: frame.layer, expert }).unwrap();
-            let row = HostRows {
+            let table = backend.expert_table(vec![Arc::new(ffn.ffn)]).unwrap();
+            let row = EncodedRows {
                 format: frame.format,
                 rows: 1,
                 cols: HIDDEN,
-                data: &frame.data[token * width..(token + 1) * width],
-                scales: &frame.scales[token * scale_width..(token + 1) * scale_width],
+                data: frame.data.slice(token * width..(token + 1) * width),
+                scales: frame.scales.slice(token * scale_width..(token + 1) * scale_width),
             };
-            self.backend.upload_rows(&mut queue, row, &mut x).unwrap();
-            self.backend.ffn(&mut queue, &x, &ffn.ffn, 1, &mut y).unwrap();
-            let (mut data, mut scales) = (Vec::new(), Vec::new());
-            let format = RowFormat::combine(self.class);
-            self.backend.download_rows(&mut queue, &y, 1, format, &mut data, &mut scales).unwrap();
-            out.extend(data);
+            backend.upload_rows(queue, &row, 0, &mut x).unwrap();
+            backend.grouped_ffn(queue, &pass, &table, &x, &mut y).unwrap();
+            backend.download_activations(queue, &y, 0..1, &mut memory, 0).unwrap();
+            out.extend_from_slice(&memory);
         }
         out
     }

@@ -7,11 +7,11 @@ use std::{
 
 use anyhow::{Context, Result};
 use cadre_checkpoint::Checkpoint;
+use cadre_device::{BackendOptions, OnBackend};
 use cadre_dispatch::{Dispatcher, IoThread};
 use cadre_engine::{Engine, EngineParts};
 use cadre_model::{LoadOptions, LoadProgress, Model};
 use cadre_ops::{Backend, DispatchBatch, ExchangeError, ExchangeTicket, ExpertExchange, ExpertRows};
-use cadre_ops_cpu::{CpuBackend, CpuOptions};
 use cadre_scheduler::SchedulerConfig;
 
 use super::report::Report;
@@ -20,7 +20,7 @@ use crate::metrics::WorkerMetrics;
 /// Everything that becomes an engine.
 pub(super) struct Load {
     pub(super) checkpoint: Arc<Checkpoint>,
-    pub(super) cpu: CpuOptions,
+    pub(super) backend: BackendOptions,
     pub(super) scheduler: SchedulerConfig,
     pub(super) dispatcher: Dispatcher,
     /// Lives as long as the engine's last step.
@@ -32,8 +32,15 @@ pub(super) struct Load {
 
 impl Load {
     pub(super) fn run(self) -> Result<Engine> {
-        let Self { checkpoint, cpu, scheduler, dispatcher, io, timeouts, report, metrics } = self;
-        let backend = Arc::new(CpuBackend::new(cpu)?);
+        cadre_device::open(&self.backend.clone(), self)?
+    }
+}
+
+impl OnBackend for Load {
+    type Output = Result<Engine>;
+
+    fn run<B: Backend>(self, backend: Arc<B>) -> Result<Engine> {
+        let Self { checkpoint, scheduler, dispatcher, io, timeouts, report, metrics, .. } = self;
         tracing::info!(backend = backend.describe(), "loading weights");
         let began = Instant::now();
         let mut told = 0;

@@ -30,6 +30,7 @@ fn layout() -> Layout {
         redundant_slots: 0,
         model: "/model".into(),
         numerics: "bf16".into(),
+        device: None,
         threads: Threads { worker: 1, expert: 1 },
         grpc: "127.0.0.1:0".into(),
         http: "127.0.0.1:0".into(),

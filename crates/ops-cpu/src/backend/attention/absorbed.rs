@@ -3,9 +3,9 @@
 //! rows, head by head.
 
 use cadre_numerics::softmax;
-use cadre_ops::{AttentionShape, DecodeRow, OpsError, check};
+use cadre_ops::{AttentionShape, OpsError};
 
-use super::{Attention, KvCache, KvUp, Padded, check_attention, rows_at};
+use super::{AbsorbedRow, Attention, KvCache, KvUp, Padded, rows_at};
 use crate::{
     backend::{Buffer, CpuBackend, CpuQueue, dense::product_ns, transfer::Out},
     kernels::{
@@ -15,29 +15,27 @@ use crate::{
     lanes::LANES,
 };
 
-#[allow(clippy::too_many_arguments, reason = "the trait's operation")]
-pub(in crate::backend) fn decode(
+#[allow(clippy::too_many_arguments, reason = "rows of the trait's operation")]
+pub(super) fn absorbed(
     backend: &CpuBackend,
     queue: &mut CpuQueue,
     attention: &Attention,
     kv_up: &KvUp,
     q: &Buffer,
-    rows: &[DecodeRow<'_>],
+    rows: &[AbsorbedRow<'_>],
     layer: usize,
     cache: &KvCache,
     out: &mut Buffer,
 ) -> Result<(), OpsError> {
-    let (op, shape) = ("attention_decode", &attention.shape);
-    check_attention(op, shape, kv_up, q, layer, cache, out)?;
-    check::decode_rows(op, shape, &cache.layout, rows, q.dims.rows.min(out.dims.rows))?;
+    let (op, shape) = ("attend", &attention.shape);
     let padded = Padded::of(shape);
     let (heads, count) = (shape.heads, rows.len());
     // Per (row, head): the absorbed query, the latent output, a maximum and a denominator.
     let (query, latent) = (heads * padded.latent_key, heads * padded.latent);
-    let absorbed = queue.absorbed.floats(op, count * (query + latent + 2 * heads))?;
-    let queries = Out(absorbed.as_mut_ptr());
-    let latents = Out(absorbed[count * query..].as_mut_ptr());
-    let states = Out(absorbed[count * (query + latent)..].as_mut_ptr());
+    let scratch = queue.absorbed.floats(op, count * (query + latent + 2 * heads))?;
+    let queries = Out(scratch.as_mut_ptr());
+    let latents = Out(scratch[count * query..].as_mut_ptr());
+    let states = Out(scratch[count * (query + latent)..].as_mut_ptr());
     let per_thread = softmax::KEYS * padded.latent_key;
     let blocks = queue.attention.floats(op, per_thread * backend.threads())?;
     let blocks = Out(blocks.as_mut_ptr());
@@ -70,7 +68,7 @@ pub(in crate::backend) fn decode(
     // that every thread has work (each then widens the keys for itself).
     let parts = backend.threads().div_ceil(count.max(1)).min(heads.div_ceil(kernel::QUERIES)).max(1);
     let part = heads.div_ceil(parts);
-    let keys: usize = rows.iter().map(|row| row.position as usize + 1).sum();
+    let keys: usize = rows.iter().map(|row| row.position + 1).sum();
     let cost = (keys * heads * (padded.latent_key + padded.latent)) as u64 / 40;
     backend.pool.run(count * parts, cost, &|task, thread| {
         let (i, first) = (task / parts, task % parts * part);
@@ -90,8 +88,8 @@ pub(in crate::backend) fn decode(
             };
             let queries = queries.get().add(i * query + first * padded.latent_key);
             let keys = blocks.get().add(thread * per_thread);
-            let seen = row.position as usize + 1;
-            decode_heads(backend, shape, padded, layer, cache, row, queries, keys, seen, heads_here, &state);
+            let seen = row.position + 1;
+            heads_of(backend, shape, padded, layer, cache, row, queries, keys, seen, heads_here, &state);
         }
     });
 
@@ -117,14 +115,14 @@ pub(in crate::backend) fn decode(
 ///
 /// # Safety
 /// `queries` has `count` rows, `keys` holds a block, the state `count` queries; all are the caller's alone.
-#[allow(clippy::too_many_arguments, reason = "the state of one task of decode")]
-unsafe fn decode_heads(
+#[allow(clippy::too_many_arguments, reason = "the state of one task")]
+unsafe fn heads_of(
     backend: &CpuBackend,
     shape: &AttentionShape,
     padded: Padded,
     layer: usize,
     cache: &KvCache,
-    row: &DecodeRow<'_>,
+    row: &AbsorbedRow<'_>,
     queries: *const f32,
     keys: *mut f32,
     seen: usize,

@@ -3,9 +3,9 @@
 //! attend to it.
 
 use cadre_numerics::softmax;
-use cadre_ops::{AttentionShape, OpsError, PrefillSegment, check};
+use cadre_ops::{AttentionShape, OpsError, resident::HostSegment};
 
-use super::{Attention, HeadUp, KvCache, KvUp, Padded, check_attention, rows_at};
+use super::{Attention, HeadUp, KvCache, KvUp, Padded, rows_at};
 use crate::{
     backend::{Buffer, CpuBackend, CpuQueue, transfer::Out},
     kernels::{
@@ -29,21 +29,19 @@ impl Carve {
         part
     }
 }
-#[allow(clippy::too_many_arguments, reason = "the trait's operation")]
-pub(in crate::backend) fn prefill(
+#[allow(clippy::too_many_arguments, reason = "segments of the trait's operation")]
+pub(super) fn naive(
     backend: &CpuBackend,
     queue: &mut CpuQueue,
     attention: &Attention,
     kv_up: &KvUp,
     q: &Buffer,
-    segments: &[PrefillSegment<'_>],
+    segments: &[HostSegment<'_>],
     layer: usize,
     cache: &KvCache,
     out: &mut Buffer,
 ) -> Result<(), OpsError> {
-    let (op, shape) = ("attention_prefill", &attention.shape);
-    check_attention(op, shape, kv_up, q, layer, cache, out)?;
-    check::segments(op, shape, &cache.layout, segments, q.dims.rows.min(out.dims.rows))?;
+    let (op, shape) = ("attend", &attention.shape);
     let padded = Padded::of(shape);
     let most = segments.iter().map(|segment| segment.rows).max().unwrap_or(0);
     // c, keys and values of a block; queries, outputs, maxima and denominators of the segment's rows.
@@ -53,8 +51,8 @@ pub(in crate::backend) fn prefill(
     let scratch = queue.attention.floats(op, per_thread * backend.threads())?;
     let scratch = Out(scratch.as_mut_ptr());
     let rows_out = out.output();
-    let prefill = Prefill { backend, shape, padded, q, layer, cache, out: rows_out, round: backend.rounds() };
-    let cost = segments.iter().map(|segment| prefill.cost_ns(segment)).sum();
+    let naive = Naive { backend, shape, padded, q, layer, cache, out: rows_out, round: backend.rounds() };
+    let cost = segments.iter().map(|segment| naive.cost_ns(segment)).sum();
     backend.pool.run(segments.len() * shape.heads, cost, &|task, thread| {
         let (segment, head) = (&segments[task / shape.heads], task % shape.heads);
         if segment.rows > 0 {
@@ -62,14 +60,14 @@ pub(in crate::backend) fn prefill(
             // this head's columns of the segment's rows of `out` are this task's.
             unsafe {
                 let carve = Carve(scratch.get().add(thread * per_thread));
-                prefill.head(segment, head, &kv_up.heads[head], carve);
+                naive.head(segment, head, &kv_up.heads[head], carve);
             }
         }
     });
     Ok(())
 }
 
-struct Prefill<'a> {
+struct Naive<'a> {
     backend: &'a CpuBackend,
     shape: &'a AttentionShape,
     padded: Padded,
@@ -81,10 +79,10 @@ struct Prefill<'a> {
 }
 
 // SAFETY: `out` is written by tasks that have different heads or rows; everything else is shared read-only.
-unsafe impl Sync for Prefill<'_> {}
+unsafe impl Sync for Naive<'_> {}
 
-impl Prefill<'_> {
-    fn cost_ns(&self, segment: &PrefillSegment<'_>) -> u64 {
+impl Naive<'_> {
+    fn cost_ns(&self, segment: &HostSegment<'_>) -> u64 {
         let keys = segment.first_position as usize + segment.rows;
         let expand = (self.shape.nope + self.shape.v) * self.shape.kv_lora;
         let attend = segment.rows * (self.padded.key + self.padded.value);
@@ -94,11 +92,11 @@ impl Prefill<'_> {
     /// One head of one segment.
     ///
     /// # Safety
-    /// The scratch holds what [`prefill`] computed; the head's outputs are this call's; shapes were checked.
-    unsafe fn head(&self, segment: &PrefillSegment<'_>, head: usize, up: &HeadUp, mut scratch: Carve) {
+    /// The scratch holds what [`naive`] computed; the head's outputs are this call's; shapes were checked.
+    unsafe fn head(&self, segment: &HostSegment<'_>, head: usize, up: &HeadUp, mut scratch: Carve) {
         let (shape, padded, kernels) = (self.shape, self.padded, self.backend.kernels);
         let rows = segment.rows;
-        // SAFETY: sizes as in `prefill`; queries and outputs of the segment exist (checked).
+        // SAFETY: sizes as in `naive`; queries and outputs of the segment exist (checked).
         unsafe {
             let latents = scratch.take(softmax::KEYS * shape.kv_lora);
             let keys = scratch.take(softmax::KEYS * padded.key);

@@ -1,0 +1,190 @@
+//! Which device a process computes on: the one place that knows every backend.
+//!
+//! A role says what it does with a backend, whatever its type ([`OnBackend`]), and [`open`] calls it with the
+//! backend of the device asked for. A new backend is a variant of [`Device`] and an arm of [`open`]; no role
+//! changes. Nothing falls back: a device that was asked for and cannot be had is an error that says what was
+//! looked for.
+
+use std::{fmt, str::FromStr, sync::Arc};
+
+use cadre_ops::{Backend, OpsError};
+pub use cadre_ops_cpu::Isa;
+use cadre_ops_cpu::{CpuBackend, CpuOptions};
+use cadre_types::NumericsClass;
+
+/// A device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Device {
+    /// The processor.
+    Cpu,
+    /// An NVIDIA GPU by its number in the order of the driver (`CUDA_VISIBLE_DEVICES` counts).
+    Cuda(u32),
+}
+
+impl Device {
+    /// What the machine has, best first. This build computes on processors only.
+    pub fn of_machine() -> Self {
+        Self::Cpu
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(number) => write!(f, "cuda:{number}"),
+        }
+    }
+}
+
+impl FromStr for Device {
+    type Err = UnknownDevice;
+
+    fn from_str(name: &str) -> Result<Self, UnknownDevice> {
+        if name == "cpu" {
+            return Ok(Self::Cpu);
+        }
+        // Digits alone: `cuda:+1` is no name of a device.
+        let number = name.strip_prefix("cuda:").filter(|number| number.bytes().all(|b| b.is_ascii_digit()));
+        let number = number.and_then(|number| number.parse().ok());
+        number.map(Self::Cuda).ok_or_else(|| UnknownDevice(name.to_owned()))
+    }
+}
+
+/// A name that is no device's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no device: give cpu or cuda:N")]
+pub struct UnknownDevice(String);
+
+/// What a backend is made from.
+#[derive(Clone, Debug)]
+pub struct BackendOptions {
+    /// The device; absent takes what the machine has.
+    pub device: Option<Device>,
+    /// The numerics class.
+    pub class: NumericsClass,
+    /// Threads on a processor, the caller's included; absent takes what the machine or its container allows.
+    pub threads: Option<usize>,
+    /// Instruction set on a processor; absent takes the best.
+    pub isa: Option<Isa>,
+}
+
+impl BackendOptions {
+    /// The machine's device with all it has.
+    pub fn new(class: NumericsClass) -> Self {
+        Self { device: None, class, threads: None, isa: None }
+    }
+}
+
+/// What is done with a backend, whatever its type.
+pub trait OnBackend {
+    /// What comes of it: free of the backend's type.
+    type Output;
+
+    /// Does it.
+    fn run<B: Backend>(self, backend: Arc<B>) -> Self::Output;
+}
+
+/// Opens the device and hands its backend over.
+pub fn open<W: OnBackend>(options: &BackendOptions, with: W) -> Result<W::Output, DeviceError> {
+    let device = options.device.unwrap_or_else(Device::of_machine);
+    match device {
+        Device::Cpu => {
+            let cpu =
+                CpuOptions { threads: options.threads, isa: options.isa, ..CpuOptions::new(options.class) };
+            let backend = CpuBackend::new(cpu).map_err(|source| DeviceError::Open { device, source })?;
+            Ok(hand_over(options, device, backend, with))
+        }
+        Device::Cuda(_) => Err(DeviceError::NoCuda { device }),
+    }
+}
+
+fn hand_over<B: Backend, W: OnBackend>(
+    options: &BackendOptions,
+    device: Device,
+    backend: B,
+    with: W,
+) -> W::Output {
+    let memory = backend.memory();
+    tracing::info!(
+        %device,
+        chosen = if options.device.is_some() { "by --device" } else { "as what this machine has" },
+        backend = backend.describe(),
+        memory_total = memory.total,
+        memory_used = memory.used,
+        "computing"
+    );
+    with.run(Arc::new(backend))
+}
+
+/// Why a device cannot be computed on.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum DeviceError {
+    /// The backend did not start.
+    #[error("device {device}: {source}")]
+    Open {
+        /// The device.
+        device: Device,
+        /// What the backend said.
+        source: OpsError,
+    },
+    /// No CUDA here.
+    #[error(
+        "device {device}: this build of cadre has no CUDA backend (looked for one built into the program; it \
+         has cpu only); use --device cpu, or a build with CUDA on a machine with an NVIDIA driver"
+    )]
+    NoCuda {
+        /// The device.
+        device: Device,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    struct Describe;
+
+    impl OnBackend for Describe {
+        type Output = (String, NumericsClass);
+
+        fn run<B: Backend>(self, backend: Arc<B>) -> Self::Output {
+            (backend.name(), backend.class())
+        }
+    }
+
+    #[test]
+    fn names_are_read_and_written() {
+        for (name, device) in
+            [("cpu", Device::Cpu), ("cuda:0", Device::Cuda(0)), ("cuda:17", Device::Cuda(17))]
+        {
+            assert_eq!(name.parse(), Ok(device));
+            assert_eq!(device.to_string(), name);
+        }
+        for name in ["", "gpu", "cuda", "cuda:", "cuda:-1", "cuda:+1", "cuda:4294967296", "CPU", "cpu:0"] {
+            let error = name.parse::<Device>().unwrap_err().to_string();
+            assert!(error.contains(&format!("{name:?}")) && error.contains("cpu or cuda:N"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_processor_is_opened_when_asked_for_and_by_default() {
+        let class = NumericsClass::F32;
+        for device in [None, Some(Device::Cpu)] {
+            let options = BackendOptions { device, threads: Some(1), ..BackendOptions::new(class) };
+            assert_eq!(open(&options, Describe), Ok(("cpu".to_owned(), class)));
+        }
+    }
+
+    #[test]
+    fn a_gpu_that_cannot_be_had_is_an_error_and_not_the_processor() {
+        let options =
+            BackendOptions { device: Some(Device::Cuda(1)), ..BackendOptions::new(NumericsClass::Fp8) };
+        let error = open(&options, Describe).unwrap_err().to_string();
+        for words in ["cuda:1", "no CUDA backend", "looked for", "--device cpu"] {
+            assert!(error.contains(words), "{words:?} not in {error:?}");
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! Device memory before it is taken: what will be allocated, and how much there is.
+
+use crate::{
+    check,
+    error::OpsError,
+    host::ElementType,
+    shape::{AttentionShape, KvLayout},
+};
+
+/// Something that a role will allocate.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Allocation<'a> {
+    /// [`Backend::alloc_residual`](crate::Backend::alloc_residual).
+    Residual {
+        /// Rows.
+        rows: usize,
+        /// Columns.
+        cols: usize,
+    },
+    /// [`Backend::alloc_activations`](crate::Backend::alloc_activations).
+    Activations {
+        /// Rows.
+        rows: usize,
+        /// Columns.
+        cols: usize,
+    },
+    /// [`Backend::alloc_rows`](crate::Backend::alloc_rows).
+    Rows {
+        /// Rows.
+        rows: usize,
+        /// Columns.
+        cols: usize,
+    },
+    /// [`Backend::alloc_logits`](crate::Backend::alloc_logits).
+    Logits {
+        /// Rows.
+        rows: usize,
+        /// Columns.
+        vocab: usize,
+    },
+    /// [`Backend::load_matrix`](crate::Backend::load_matrix).
+    Matrix {
+        /// Output features.
+        rows: usize,
+        /// Input features.
+        cols: usize,
+        /// Elements.
+        elements: ElementType,
+    },
+    /// [`Backend::load_ffn`](crate::Backend::load_ffn).
+    Ffn {
+        /// Width of the rows.
+        hidden: usize,
+        /// Inner width.
+        inner: usize,
+        /// Elements of all three matrices.
+        elements: ElementType,
+    },
+    /// [`Backend::load_vector`](crate::Backend::load_vector).
+    Vector {
+        /// Elements.
+        len: usize,
+    },
+    /// [`Backend::load_kv_up`](crate::Backend::load_kv_up).
+    KvUp {
+        /// The attention.
+        shape: &'a AttentionShape,
+        /// Elements of kv_b.
+        elements: ElementType,
+    },
+    /// [`Backend::load_attention`](crate::Backend::load_attention).
+    Attention {
+        /// The attention.
+        shape: &'a AttentionShape,
+    },
+    /// [`Backend::kv_cache`](crate::Backend::kv_cache).
+    KvCache {
+        /// The cache.
+        layout: KvLayout,
+    },
+    /// Scratch memory of a queue that runs steps, the step itself included.
+    StepScratch {
+        /// The attention.
+        shape: &'a AttentionShape,
+        /// Most rows of a step.
+        rows: usize,
+        /// Width of the residual stream.
+        hidden: usize,
+        /// Widest inner activation of a feed-forward block.
+        inner: usize,
+        /// Longest sequence.
+        positions: usize,
+    },
+    /// Scratch memory of a queue that runs passes, the pass itself included.
+    PassScratch {
+        /// The limits.
+        limits: PassLimits,
+        /// Width of the rows.
+        hidden: usize,
+        /// Inner width of the experts.
+        inner: usize,
+    },
+}
+
+impl Allocation<'_> {
+    /// Elements of it, whatever their size; scratch memory counts as none.
+    pub fn elements(&self, op: &'static str) -> Result<u64, OpsError> {
+        let product = |a: usize, b: usize| check::product(op, a, b);
+        let elements = match *self {
+            Self::Residual { rows, cols }
+            | Self::Activations { rows, cols }
+            | Self::Rows { rows, cols }
+            | Self::Logits { rows, vocab: cols }
+            | Self::Matrix { rows, cols, .. } => product(rows, cols)?,
+            Self::Ffn { hidden, inner, .. } => product(3, product(hidden, inner)?)?,
+            Self::Vector { len } => len,
+            Self::KvUp { shape, .. } => product(shape.heads * (shape.nope + shape.v), shape.kv_lora)?,
+            Self::Attention { shape } => product(shape.max_positions, shape.rope)?,
+            Self::KvCache { layout } => check::kv_layout(op, &layout)?,
+            Self::StepScratch { .. } | Self::PassScratch { .. } => 0,
+        };
+        Ok(elements as u64)
+    }
+}
+
+/// How large one pass of a shard may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassLimits {
+    /// Received rows.
+    pub rows: usize,
+    /// Pairs of (row, expert).
+    pub pairs: usize,
+}
+
+/// Memory of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct DeviceMemory {
+    /// Bytes in use: by everybody on a GPU, by this process on a CPU.
+    pub used: u64,
+    /// Bytes that there are; 0 where nobody can say.
+    pub total: u64,
+}
