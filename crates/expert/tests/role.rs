@@ -276,7 +276,7 @@ async fn registers_loads_proves_itself_serves_and_drains() {
     let addresses = (&mut shards[0].addresses).await.unwrap();
     assert!(get(addresses.admin, "/readyz").await.starts_with("HTTP/1.1 200"));
     let metrics = get(addresses.admin, "/metrics").await;
-    assert!(metrics.contains("cadre_expert_resident_experts 32"), "{metrics}");
+    assert!(metrics.contains("cadre_expert_resident_experts 24"), "{metrics}");
 
     let [first, second] = shards;
     first.stop().await.unwrap();
