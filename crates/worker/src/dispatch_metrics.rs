@@ -154,6 +154,7 @@ impl DispatchMetrics {
             self.failures.reset();
             self.ejections.reset();
             self.usable.reset();
+            self.avoided.reset();
         }
         for (index, shard) in shards.iter().enumerate() {
             let index = index.to_string();
