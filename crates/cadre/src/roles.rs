@@ -42,7 +42,7 @@ struct RoleArgs {
     /// A Hugging Face folder of the DeepSeek-V3 architecture.
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// Numerics class: f32, bf16 or fp8 (docs/numerics.md). The same for every process of a model.
+    /// Numerics class: f32, bf16, fp8 or cuda-fp8 (docs/numerics.md). The same for every process of a model.
     #[arg(long, value_name = "CLASS", default_value_t = NumericsClass::Bf16)]
     numerics: NumericsClass,
     /// Log filter (`info`, `warn,cadre_dispatch=debug`).

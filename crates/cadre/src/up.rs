@@ -55,7 +55,7 @@ pub(crate) struct UpArgs {
     /// Extra slots per layer over all shards; as many as there are experts gives every expert two copies.
     #[arg(long, value_name = "N", default_value_t = 0)]
     redundant_slots: usize,
-    /// Numerics class: f32, bf16 or fp8 (docs/numerics.md).
+    /// Numerics class: f32, bf16, fp8 or cuda-fp8 (docs/numerics.md).
     #[arg(long, value_name = "CLASS", default_value_t = NumericsClass::Bf16)]
     numerics: NumericsClass,
     /// Where the router serves gRPC; port 0 takes a free one.

@@ -10,6 +10,7 @@ use std::{fmt, str::FromStr, sync::Arc};
 use cadre_ops::{Backend, OpsError};
 pub use cadre_ops_cpu::Isa;
 use cadre_ops_cpu::{CpuBackend, CpuOptions};
+use cadre_ops_cuda::{CudaBackend, CudaError};
 use cadre_types::NumericsClass;
 
 /// A device.
@@ -22,9 +23,15 @@ pub enum Device {
 }
 
 impl Device {
-    /// What the machine has, best first. This build computes on processors only.
+    /// What the machine has, best first: its first GPU that there are kernels for, if they are installed beside the
+    /// program, or the processor.
     pub fn of_machine() -> Self {
-        Self::Cpu
+        let gpus = cadre_ops_cuda::devices().unwrap_or_default();
+        let usable = gpus.iter().find(|gpu| gpu.capability == cadre_ops_cuda::CAPABILITY);
+        match usable.map(|gpu| u32::try_from(gpu.ordinal)) {
+            Some(Ok(number)) if cadre_ops_cuda::kernels::folder(None).is_ok() => Self::Cuda(number),
+            _ => Self::Cpu,
+        }
     }
 }
 
@@ -89,13 +96,18 @@ pub trait OnBackend {
 pub fn open<W: OnBackend>(options: &BackendOptions, with: W) -> Result<W::Output, DeviceError> {
     let device = options.device.unwrap_or_else(Device::of_machine);
     match device {
+        Device::Cpu if options.class.needs_cuda() => Err(DeviceError::Class { device, class: options.class }),
         Device::Cpu => {
             let cpu =
                 CpuOptions { threads: options.threads, isa: options.isa, ..CpuOptions::new(options.class) };
             let backend = CpuBackend::new(cpu).map_err(|source| DeviceError::Open { device, source })?;
             Ok(hand_over(options, device, backend, with))
         }
-        Device::Cuda(_) => Err(DeviceError::NoCuda { device }),
+        Device::Cuda(number) => {
+            let backend = CudaBackend::open(number as usize, options.class, None)
+                .map_err(|source| DeviceError::Cuda { device, source })?;
+            Ok(hand_over(options, device, backend, with))
+        }
     }
 }
 
@@ -128,15 +140,33 @@ pub enum DeviceError {
         /// What the backend said.
         source: OpsError,
     },
-    /// No CUDA here.
-    #[error(
-        "device {device}: this build of cadre has no CUDA backend (looked for one built into the program; it \
-         has cpu only); use --device cpu, or a build with CUDA on a machine with an NVIDIA driver"
-    )]
-    NoCuda {
+    /// The GPU cannot be had.
+    #[error("device {device}: {source}")]
+    Cuda {
         /// The device.
         device: Device,
+        /// What was looked for and not found, or what the driver said.
+        source: CudaError,
     },
+    /// The device does not compute the class.
+    #[error("device {device}: numerics class {class} is computed by CUDA devices only; use --device cuda:N")]
+    Class {
+        /// The device.
+        device: Device,
+        /// The class.
+        class: NumericsClass,
+    },
+}
+
+impl DeviceError {
+    /// Whether the device has no room.
+    pub fn is_out_of_memory(&self) -> bool {
+        match self {
+            Self::Cuda { source, .. } => matches!(source, CudaError::OutOfMemory { .. }),
+            Self::Open { source, .. } => matches!(source, OpsError::OutOfMemory { .. }),
+            Self::Class { .. } => false,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -174,16 +204,29 @@ mod tests {
         let class = NumericsClass::F32;
         for device in [None, Some(Device::Cpu)] {
             let options = BackendOptions { device, threads: Some(1), ..BackendOptions::new(class) };
-            assert_eq!(open(&options, Describe), Ok(("cpu".to_owned(), class)));
+            let (name, found) = open(&options, Describe).unwrap();
+            assert_eq!(found, class);
+            // A machine with a GPU and kernels takes that by default.
+            assert!(name == "cpu" || (device.is_none() && name.contains("NVIDIA")), "{name}");
         }
     }
 
     #[test]
     fn a_gpu_that_cannot_be_had_is_an_error_and_not_the_processor() {
         let options =
-            BackendOptions { device: Some(Device::Cuda(1)), ..BackendOptions::new(NumericsClass::Fp8) };
+            BackendOptions { device: Some(Device::Cuda(1000)), ..BackendOptions::new(NumericsClass::Fp8) };
         let error = open(&options, Describe).unwrap_err().to_string();
-        for words in ["cuda:1", "no CUDA backend", "looked for", "--device cpu"] {
+        // Without a driver it says so; with one, number 1,000 is not there.
+        assert!(error.contains("cuda:1000"), "{error}");
+        assert!(error.contains("libcuda.so.1") || error.contains("the driver sees"), "{error}");
+    }
+
+    #[test]
+    fn a_class_of_gpus_is_refused_by_the_processor() {
+        let options =
+            BackendOptions { device: Some(Device::Cpu), ..BackendOptions::new(NumericsClass::CudaFp8) };
+        let error = open(&options, Describe).unwrap_err().to_string();
+        for words in ["cpu", "cuda-fp8", "--device cuda:N"] {
             assert!(error.contains(words), "{words:?} not in {error:?}");
         }
     }

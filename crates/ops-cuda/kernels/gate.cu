@@ -1,4 +1,4 @@
-// The noaux_tc choice of experts from rows of logits, as cadre_ops::gate::Chooser makes it.
+// The choice of experts from rows of logits, as cadre_ops::gate::Chooser makes it.
 #include "numerics.cuh"
 
 #define THREADS 128
@@ -38,11 +38,32 @@ __device__ __forceinline__ u32 largest(const float *values, u32 count) {
     return id;
 }
 
+// exp(logit - largest) / sum in place, the sum in the 16-lane order; infinite logits share everything among them.
+__device__ __forceinline__ void softmax_scores(float *scores, u32 experts) {
+    __shared__ float total;
+    u32 best = largest(scores, experts);
+    float top = best == NONE ? -infinity() : scores[best];
+    __syncthreads();
+    for (u32 e = threadIdx.x; e < experts; e += THREADS)
+        scores[e] = exp_f32(scores[e] == top ? 0.0f : scores[e] - top);
+    __syncthreads();
+    if (threadIdx.x < 32u) {
+        float lane = 0.0f;
+        if (threadIdx.x < LANES)
+            for (u32 e = threadIdx.x; e < experts; e += LANES) lane = lane + scores[e];
+        lane = tree16(lane);
+        if (threadIdx.x == 0u) total = lane;
+    }
+    __syncthreads();
+    for (u32 e = threadIdx.x; e < experts; e += THREADS) scores[e] = __fdiv_rn(scores[e], total);
+    __syncthreads();
+}
+
 // topk_idx ascending by id within a row, topk_weights beside it; nan[row] is the lowest expert whose logit is NaN, or
 // NONE. Shared memory: experts + experts + groups F32 and top_k ids.
 extern "C" __global__ void __launch_bounds__(THREADS) choose(
     const float *logits, const float *bias, u32 experts, u32 groups, u32 topk_group, u32 top_k, u32 normalise,
-    float factor, u16 *topk_idx, float *topk_weights, u32 *nan
+    float factor, u32 softmax, u32 group_by_largest, u16 *topk_idx, float *topk_weights, u32 *nan
 ) {
     extern __shared__ float shared[];
     float *scores = shared, *selection = scores + experts, *group_scores = selection + experts;
@@ -52,11 +73,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(
     if (threadIdx.x == 0u) first_nan = NONE;
     __syncthreads();
     for (u32 e = threadIdx.x; e < experts; e += THREADS) {
-        float score = sigmoid(logits[row * experts + e]);
-        scores[e] = score;
-        selection[e] = score + bias[e];
-        if (is_nan(score)) atomicMin(&first_nan, e);
+        float logit = logits[row * experts + e];
+        scores[e] = softmax ? logit : sigmoid(logit);
+        if (is_nan(logit)) atomicMin(&first_nan, e);
     }
+    __syncthreads();
+    if (softmax && first_nan == NONE) softmax_scores(scores, experts);
+    for (u32 e = threadIdx.x; e < experts; e += THREADS) selection[e] = scores[e] + bias[e];
     __syncthreads();
     if (threadIdx.x == 0u) nan[row] = first_nan;
     if (first_nan != NONE) {
@@ -80,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(
                     two = value;
                 }
             }
-            group_scores[g] = size == 1u ? group[0] : one + two;
+            group_scores[g] = size == 1u ? group[0] : group_by_largest ? one : one + two;
         }
         __syncthreads();
         // A group that is kept becomes NaN; what is not NaN after topk_group rounds is left out.

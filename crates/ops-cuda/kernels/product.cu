@@ -25,7 +25,8 @@ struct Product {
     const u32 *x_rows;       // which row of x belongs to output row i; null: row i
     const u32 *words;        // the matrix, where experts is null
     const float *scales;
-    const u64 *experts;      // per expert: address of words, address of scales
+    const u64 *experts;      // per expert: address of words, address of scales, kind of its elements
+    u32 kind;                // the kind that this launch is for; tasks of other experts are another launch's
     const u32 *tasks;        // per task: expert, first row, rows (at most ROWS); null: rows in order
     u32 rows;                // total, where tasks is null
     u32 cols;
@@ -48,8 +49,9 @@ template <int BYTES, bool CODED> __device__ __forceinline__ void product(const P
     } else {
         rows = min((u32)ROWS, p.rows - first);
     }
-    const u32 *words = p.experts ? (const u32 *)p.experts[2u * expert] : p.words;
-    const float *scales = p.experts ? (const float *)p.experts[2u * expert + 1u] : p.scales;
+    if (p.experts && p.experts[3u * expert + 2u] != p.kind) return;
+    const u32 *words = p.experts ? (const u32 *)p.experts[3u * expert] : p.words;
+    const float *scales = p.experts ? (const float *)p.experts[3u * expert + 1u] : p.scales;
     u32 n = p.n_first + blockIdx.y * BLOCK + threadIdx.x;
     bool mine = n < p.n_first + p.n_count;
     u32 blocks = (p.cols + BLOCK - 1u) / BLOCK, words_of_row = (p.cols + PER_WORD - 1u) / PER_WORD;
@@ -108,40 +110,40 @@ template <int BYTES, bool CODED> __device__ __forceinline__ void product(const P
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 6) product_f32(
     const u8 *x, u32 x_bf16, const u8 *codes, const float *code_scales, u32 x_stride, const u32 *x_rows,
-    const u32 *words, const float *scales, const u64 *experts, const u32 *tasks, u32 rows, u32 cols, u32 n_first,
-    u32 n_count, const u32 *y_rows, u8 *y, u32 y_bf16, u32 y_stride
+    const u32 *words, const float *scales, const u64 *experts, u32 kind, const u32 *tasks, u32 rows, u32 cols,
+    u32 n_first, u32 n_count, const u32 *y_rows, u8 *y, u32 y_bf16, u32 y_stride
 ) {
-    Product p = {x, x_bf16, codes, code_scales, x_stride, x_rows, words, scales, experts,
+    Product p = {x, x_bf16, codes, code_scales, x_stride, x_rows, words, scales, experts, kind,
                  tasks, rows, cols, n_first, n_count, y_rows, y, y_bf16, y_stride};
     product<4, false>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 6) product_bf16(
     const u8 *x, u32 x_bf16, const u8 *codes, const float *code_scales, u32 x_stride, const u32 *x_rows,
-    const u32 *words, const float *scales, const u64 *experts, const u32 *tasks, u32 rows, u32 cols, u32 n_first,
-    u32 n_count, const u32 *y_rows, u8 *y, u32 y_bf16, u32 y_stride
+    const u32 *words, const float *scales, const u64 *experts, u32 kind, const u32 *tasks, u32 rows, u32 cols,
+    u32 n_first, u32 n_count, const u32 *y_rows, u8 *y, u32 y_bf16, u32 y_stride
 ) {
-    Product p = {x, x_bf16, codes, code_scales, x_stride, x_rows, words, scales, experts,
+    Product p = {x, x_bf16, codes, code_scales, x_stride, x_rows, words, scales, experts, kind,
                  tasks, rows, cols, n_first, n_count, y_rows, y, y_bf16, y_stride};
     product<2, false>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 6) product_e4m3(
     const u8 *x, u32 x_bf16, const u8 *codes, const float *code_scales, u32 x_stride, const u32 *x_rows,
-    const u32 *words, const float *scales, const u64 *experts, const u32 *tasks, u32 rows, u32 cols, u32 n_first,
-    u32 n_count, const u32 *y_rows, u8 *y, u32 y_bf16, u32 y_stride
+    const u32 *words, const float *scales, const u64 *experts, u32 kind, const u32 *tasks, u32 rows, u32 cols,
+    u32 n_first, u32 n_count, const u32 *y_rows, u8 *y, u32 y_bf16, u32 y_stride
 ) {
-    Product p = {x, x_bf16, codes, code_scales, x_stride, x_rows, words, scales, experts,
+    Product p = {x, x_bf16, codes, code_scales, x_stride, x_rows, words, scales, experts, kind,
                  tasks, rows, cols, n_first, n_count, y_rows, y, y_bf16, y_stride};
     product<1, false>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 6) product_e4m3_coded(
     const u8 *x, u32 x_bf16, const u8 *codes, const float *code_scales, u32 x_stride, const u32 *x_rows,
-    const u32 *words, const float *scales, const u64 *experts, const u32 *tasks, u32 rows, u32 cols, u32 n_first,
-    u32 n_count, const u32 *y_rows, u8 *y, u32 y_bf16, u32 y_stride
+    const u32 *words, const float *scales, const u64 *experts, u32 kind, const u32 *tasks, u32 rows, u32 cols,
+    u32 n_first, u32 n_count, const u32 *y_rows, u8 *y, u32 y_bf16, u32 y_stride
 ) {
-    Product p = {x, x_bf16, codes, code_scales, x_stride, x_rows, words, scales, experts,
+    Product p = {x, x_bf16, codes, code_scales, x_stride, x_rows, words, scales, experts, kind,
                  tasks, rows, cols, n_first, n_count, y_rows, y, y_bf16, y_stride};
     product<1, true>(p);
 }

@@ -4,10 +4,17 @@
 // always F32).
 #include "numerics.cuh"
 
-// y[t, k] = the element of row ids[t] of a packed matrix, times its block scale (product.cu has the packing).
-// bytes: of an element (4, 2 or 1).
+// Word `word` of a row of a matrix in tiles of 128 rows by 128 bytes, rows permuted and swizzled as pack.cu does it.
+__device__ __forceinline__ u64 tile_word(u32 row, u32 word, u32 row_bytes) {
+    u32 in = row % 128u, at = (in & ~15u) + (in % 16u) / 2u + (in % 2u) * 8u, byte = word * 4u;
+    u64 tile = (u64)(row / 128u) * ((row_bytes + 127u) / 128u) + byte / 128u;
+    return (tile * 16384u + at * 128u + ((byte % 128u / 16u ^ at % 8u) * 16u) + byte % 16u) / 4u;
+}
+
+// y[t, k] = the element of row ids[t] of a packed matrix, times its block scale: in panels (product.cu has the
+// packing) or in tiles (pack.cu). bytes: of an element (4, 2 or 1).
 extern "C" __global__ void embed(
-    const u32 *words, const float *scales, u32 bytes, u32 cols, const u32 *ids, float *y
+    const u32 *words, const float *scales, u32 bytes, u32 tiled, u32 cols, const u32 *ids, float *y
 ) {
     u64 id = ids[blockIdx.x];
     u32 per_word = 4u / bytes;
@@ -15,13 +22,19 @@ extern "C" __global__ void embed(
     const u32 *column = words + id / BLOCK * words_of_row * BLOCK + id % BLOCK;
     u32 blocks = (cols + BLOCK - 1u) / BLOCK;
     for (u32 k = threadIdx.x; k < cols; k += blockDim.x) {
-        u32 word = column[(u64)(k / per_word) * BLOCK];
+        u32 word = tiled ? words[tile_word((u32)id, k * bytes / 4u, cols * bytes)] : column[(u64)(k / per_word) * BLOCK];
         float value;
         if (bytes == 4u) value = f32_of(word);
         else if (bytes == 2u) value = bf16_decode((u16)(word >> (16u * (k % 2u))));
         else value = e4m3_folded(word >> (8u * (k % 4u)) & 0xffu) * (scales[id / BLOCK * blocks + k / BLOCK] * 256.0f);
         y[(u64)blockIdx.x * cols + k] = value;
     }
+}
+
+// y[rows[i]] = x[i], rows of `words` words of 4 bytes.
+extern "C" __global__ void scatter_rows(const u32 *x, const u32 *rows, u32 words, u32 *y) {
+    u64 from = blockIdx.x, to = rows[blockIdx.x];
+    for (u32 k = threadIdx.x; k < words; k += blockDim.x) y[to * words + k] = x[from * words + k];
 }
 
 // x += delta
@@ -52,6 +65,14 @@ extern "C" __global__ void concat(const u8 *a, u32 a_cols, const u8 *b, u32 b_co
 extern "C" __global__ void gather_rows(const float *x, u32 cols, const u32 *rows, float *y) {
     u64 from = rows[blockIdx.x], to = blockIdx.x;
     for (u32 k = threadIdx.x; k < cols; k += blockDim.x) y[to * cols + k] = x[from * cols + k];
+}
+
+// e4m3 rows with their scales to F32: code x scale, rounded once. One thread block a row.
+extern "C" __global__ void decode_codes(const u8 *codes, const float *scales, u32 cols, float *y) {
+    u64 row = blockIdx.x;
+    u32 blocks = (cols + BLOCK - 1u) / BLOCK;
+    for (u32 k = threadIdx.x; k < cols; k += blockDim.x)
+        y[row * cols + k] = e4m3_decode(codes[row * cols + k]) * scales[row * blocks + k / BLOCK];
 }
 
 // x[t] += (sum over j ascending of weights[t, j] * rows[index[t * k + j]]) + shared[t]: a chain of FMA from +0, then

@@ -22,6 +22,9 @@ use crate::{
 /// The oldest driver that loads our machine code (1000 x major + 10 x minor).
 const DRIVER: i32 = 13_000;
 
+/// The compute capability that there are kernels for.
+pub const CAPABILITY: (i32, i32) = (9, 0);
+
 /// What a device is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceInfo {
@@ -117,7 +120,7 @@ impl Device {
     pub fn open(ordinal: usize, folder: Option<&Path>) -> Result<Arc<Self>, CudaError> {
         driver()?;
         let (raw, info) = look_at(ordinal)?;
-        if info.capability != (9, 0) {
+        if info.capability != CAPABILITY {
             let found = format!("{}.{}", info.capability.0, info.capability.1);
             return Err(CudaError::Architecture { ordinal, name: info.name, found });
         }
@@ -275,11 +278,7 @@ impl Memory {
     /// Zeroed room; the zeroing is queued on the stream.
     pub fn zeroed(stream: &Stream, op: &'static str, bytes: usize) -> Result<Self, CudaError> {
         let memory = Self::new(stream.device(), op, bytes)?;
-        if bytes > 0 {
-            // SAFETY: the context is current (`new` set it), the room is as large.
-            unsafe { result::memset_d8_async(memory.address, 0, bytes, stream.raw()) }
-                .map_err(CudaError::failed(op))?;
-        }
+        stream.zero(op, memory.address, bytes)?;
         Ok(memory)
     }
 
@@ -339,6 +338,14 @@ impl Pinned {
     /// The address, for the host and (64-bit Linux maps both alike) for the device.
     pub fn address(&self) -> u64 {
         self.start as u64
+    }
+
+    /// The first word, as the device last wrote it.
+    pub fn first_word(&self) -> u32 {
+        debug_assert!(self.bytes >= 4);
+        // SAFETY: page-aligned, at least four bytes, initialised in `new`; the device may write it at any time, which
+        // a volatile read of one word allows for.
+        unsafe { self.start.cast::<u32>().read_volatile() }
     }
 
     /// Its bytes. The caller knows that the device does not write them now.
@@ -439,6 +446,16 @@ impl Stream {
         unsafe { sys::cuMemcpyDtoHAsync_v2(to as *mut c_void, from, bytes, self.raw) }
             .result()
             .map_err(CudaError::failed(op))
+    }
+
+    /// Zeros on the device.
+    pub fn zero(&self, op: &'static str, to: u64, bytes: usize) -> Result<(), CudaError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.device.enter()?;
+        // SAFETY: the address is the caller's.
+        unsafe { result::memset_d8_async(to, 0, bytes, self.raw) }.map_err(CudaError::failed(op))
     }
 
     /// Device to device.

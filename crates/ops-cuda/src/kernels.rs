@@ -70,7 +70,9 @@ macro_rules! kernels {
 
 kernels! {
     /// Rows of a packed table.
-    Embed = "rows" "embed" [P, P, U32, U32, P, P];
+    Embed = "rows" "embed" [P, P, U32, U32, U32, P, P];
+    /// Rows to places.
+    ScatterRows = "rows" "scatter_rows" [P, P, U32, P];
     /// Residual sum.
     Add = "rows" "add" [P, P, U32, U64];
     /// Element types.
@@ -79,6 +81,8 @@ kernels! {
     Concat = "rows" "concat" [P, U32, P, U32, U32, P];
     /// Chosen rows of the residual stream.
     GatherRows = "rows" "gather_rows" [P, U32, P, P];
+    /// Codes and scales to F32.
+    DecodeCodes = "rows" "decode_codes" [P, P, U32, P];
     /// Weighted sum of expert rows.
     Combine = "rows" "combine" [P, U32, P, P, U32, P, U32, U32, P];
     /// RMSNorm.
@@ -92,14 +96,14 @@ kernels! {
     /// silu(gate) * up.
     Swiglu = "activation" "swiglu" [P, U32, U32, U32, P, U32];
     /// Product with F32 weights.
-    ProductF32 = "product" "product_f32" [P, U32, P, P, U32, P, P, P, P, P, U32, U32, U32, U32, P, P, U32, U32];
+    ProductF32 = "product" "product_f32" [P, U32, P, P, U32, P, P, P, P, U32, P, U32, U32, U32, U32, P, P, U32, U32];
     /// Product with BF16 weights.
-    ProductBf16 = "product" "product_bf16" [P, U32, P, P, U32, P, P, P, P, P, U32, U32, U32, U32, P, P, U32, U32];
+    ProductBf16 = "product" "product_bf16" [P, U32, P, P, U32, P, P, P, P, U32, P, U32, U32, U32, U32, P, P, U32, U32];
     /// Product with e4m3 weights.
-    ProductE4m3 = "product" "product_e4m3" [P, U32, P, P, U32, P, P, P, P, P, U32, U32, U32, U32, P, P, U32, U32];
+    ProductE4m3 = "product" "product_e4m3" [P, U32, P, P, U32, P, P, P, P, U32, P, U32, U32, U32, U32, P, P, U32, U32];
     /// Product of e4m3 codes with e4m3 weights.
     ProductE4m3Coded = "product" "product_e4m3_coded"
-        [P, U32, P, P, U32, P, P, P, P, P, U32, U32, U32, U32, P, P, U32, U32];
+        [P, U32, P, P, U32, P, P, P, P, U32, P, U32, U32, U32, U32, P, P, U32, U32];
     /// Row-major to panels.
     Pack = "product" "pack" [P, U32, U32, U32, P];
     /// Cached rows to contiguous ones.
@@ -184,8 +188,10 @@ kernels! {
     MlaPrefill64 = "mla_prefill" "mla_prefill_64" [Struct(104)] shared;
     /// Naive attention, 128 columns a head.
     MlaPrefill128 = "mla_prefill" "mla_prefill_128" [Struct(104)] shared;
+    /// What a greedy token needs.
+    Largest = "sample" "largest" [P, U32, P, P];
     /// The choice of experts.
-    Choose = "gate" "choose" [P, P, U32, U32, U32, U32, U32, F32, P, P, P] shared;
+    Choose = "gate" "choose" [P, P, U32, U32, U32, U32, U32, F32, U32, U32, P, P, P] shared;
 }
 
 impl Kernel {

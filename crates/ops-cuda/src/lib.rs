@@ -6,17 +6,19 @@
 //! needed to run: only a driver of CUDA 13.0 or newer.
 //!
 //! Where to look: `kernels/` the arithmetic, one family a file; [`kernels`] the table of entry points; `device` the
-//! driver, memory, streams and events; `launch` arguments and the launch itself.
+//! driver, memory, streams and events; `launch` arguments and the launch itself; [`backend`] the operations.
 #![allow(unsafe_code, reason = "every call of the driver is one")]
 
 #[cfg(target_endian = "big")]
 compile_error!("packed weights, cached rows and frames are little-endian and used in place");
 
+pub mod backend;
 mod device;
 mod error;
 pub mod kernels;
 mod launch;
 
-pub use device::{Device, DeviceInfo, Event, Memory, Pinned, Stream, devices};
+pub use backend::CudaBackend;
+pub use device::{CAPABILITY, Device, DeviceInfo, Event, Memory, Pinned, Stream, devices};
 pub use error::CudaError;
 pub use launch::{Arg, Grid};

@@ -80,7 +80,7 @@ impl RowFormat {
         match class {
             NumericsClass::F32 => Self::F32,
             NumericsClass::Bf16 => Self::Bf16,
-            NumericsClass::Fp8 => Self::E4m3,
+            NumericsClass::Fp8 | NumericsClass::CudaFp8 => Self::E4m3,
         }
     }
 
@@ -88,7 +88,7 @@ impl RowFormat {
     pub fn combine(class: NumericsClass) -> Self {
         match class {
             NumericsClass::F32 => Self::F32,
-            NumericsClass::Bf16 | NumericsClass::Fp8 => Self::Bf16,
+            NumericsClass::Bf16 | NumericsClass::Fp8 | NumericsClass::CudaFp8 => Self::Bf16,
         }
     }
 

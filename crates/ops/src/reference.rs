@@ -31,7 +31,7 @@ use crate::{
 };
 pub use memory::{Buffer, KvCache, KvUp, Rows, Weight};
 
-/// The scalar reference of one numerics class.
+/// The scalar reference of one numerics class; of `cuda-fp8` it has the rounding points, not the bits.
 #[derive(Clone, Copy, Debug)]
 pub struct ReferenceBackend {
     class: NumericsClass,
@@ -59,13 +59,13 @@ impl ReferenceBackend {
     fn round(&self, value: f32) -> f32 {
         match self.class {
             NumericsClass::F32 => value,
-            NumericsClass::Bf16 | NumericsClass::Fp8 => bf16::round(value),
+            NumericsClass::Bf16 | NumericsClass::Fp8 | NumericsClass::CudaFp8 => bf16::round(value),
         }
     }
 
     /// Whether the input of this matrix is quantised.
     fn quantises(&self, weight: &Weight) -> bool {
-        self.class == NumericsClass::Fp8 && weight.is_e4m3()
+        self.class.quantises() && weight.is_e4m3()
     }
 
     /// One row of `x W^T`, not rounded. `codes` are the row's codes if it arrived quantised.

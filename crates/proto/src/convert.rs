@@ -56,6 +56,7 @@ impl From<t::NumericsClass> for v1::NumericsClass {
             t::NumericsClass::F32 => Self::F32,
             t::NumericsClass::Bf16 => Self::Bf16,
             t::NumericsClass::Fp8 => Self::Fp8,
+            t::NumericsClass::CudaFp8 => Self::CudaFp8,
         }
     }
 }
@@ -65,6 +66,7 @@ fn numerics(value: i32) -> Result<t::NumericsClass, ConvertError> {
         Ok(v1::NumericsClass::F32) => Ok(t::NumericsClass::F32),
         Ok(v1::NumericsClass::Bf16) => Ok(t::NumericsClass::Bf16),
         Ok(v1::NumericsClass::Fp8) => Ok(t::NumericsClass::Fp8),
+        Ok(v1::NumericsClass::CudaFp8) => Ok(t::NumericsClass::CudaFp8),
         Ok(v1::NumericsClass::Unspecified) | Err(_) => {
             Err(ConvertError::UnknownEnum { field: "generation.numerics", value })
         }

@@ -12,7 +12,7 @@ use crate::ids::PlacementEpoch;
 
 /// A family of arithmetic whose members give the same bits (docs/numerics.md).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum NumericsClass {
     /// Weights as stored (FP8 x scale or BF16), activations in F32: the golden reference.
     F32,
@@ -21,11 +21,26 @@ pub enum NumericsClass {
     Bf16,
     /// As `Bf16`, and the inputs of FP8 matrices quantised to e4m3 per token and 128 channels.
     Fp8,
+    /// The recipe of `Fp8` on the tensor cores of NVIDIA's Hopper: sums of its own, on such a device only.
+    CudaFp8,
 }
 
 impl NumericsClass {
-    /// Every class, in a fixed order.
+    /// The classes whose bits every backend gives, in a fixed order.
     pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Fp8];
+
+    /// Every class that has a name, in a fixed order.
+    pub const NAMED: [Self; 4] = [Self::F32, Self::Bf16, Self::Fp8, Self::CudaFp8];
+
+    /// Whether inputs of e4m3 matrices are quantised, and rows travel to experts as e4m3.
+    pub fn quantises(self) -> bool {
+        matches!(self, Self::Fp8 | Self::CudaFp8)
+    }
+
+    /// Whether the class is computed by CUDA devices alone.
+    pub fn needs_cuda(self) -> bool {
+        self == Self::CudaFp8
+    }
 
     /// The name used on the command line, on the wire and in docs/numerics.md.
     pub fn name(self) -> &'static str {
@@ -33,6 +48,7 @@ impl NumericsClass {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
             Self::Fp8 => "fp8",
+            Self::CudaFp8 => "cuda-fp8",
         }
     }
 }
@@ -45,14 +61,14 @@ impl fmt::Display for NumericsClass {
 
 /// A name that is no numerics class.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown numerics class {0:?}: expected f32, bf16 or fp8")]
+#[error("unknown numerics class {0:?}: expected f32, bf16, fp8 or cuda-fp8")]
 pub struct UnknownNumericsClass(pub String);
 
 impl FromStr for NumericsClass {
     type Err = UnknownNumericsClass;
 
     fn from_str(s: &str) -> Result<Self, Self::Err> {
-        Self::ALL
+        Self::NAMED
             .into_iter()
             .find(|class| class.name() == s)
             .ok_or_else(|| UnknownNumericsClass(s.to_owned()))
@@ -187,7 +203,7 @@ mod tests {
 
     #[test]
     fn class_names_are_parsed_and_unknown_ones_refused() {
-        for class in NumericsClass::ALL {
+        for class in NumericsClass::NAMED {
             assert_eq!(class.name().parse(), Ok(class));
         }
         assert_eq!("int4".parse::<NumericsClass>(), Err(UnknownNumericsClass("int4".into())));

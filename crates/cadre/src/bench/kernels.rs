@@ -2,8 +2,8 @@
 
 use std::{num::NonZeroUsize, thread::available_parallelism};
 
-use anyhow::Result;
-use cadre_device::{Device, DeviceError};
+use anyhow::{Result, bail};
+use cadre_device::Device;
 use cadre_ops_cpu::{
     Isa,
     measure::{Measurement, Rate, Roof, kernels},
@@ -35,7 +35,7 @@ pub(crate) struct KernelArgs {
 pub(crate) fn run(args: &KernelArgs) -> Result<()> {
     let device = args.device.unwrap_or_else(Device::of_machine);
     if let Device::Cuda(_) = device {
-        return Err(DeviceError::NoCuda { device }.into());
+        bail!("bench kernels measures processors; {device} is measured by tests/gpu/run.sh (docs/gpu.md)");
     }
     let mut tables = Vec::new();
     for threads in args.thread_counts() {

@@ -73,8 +73,12 @@ fn of_one(error: &(dyn Error + 'static)) -> Option<Reason> {
             LoadError::Backend { .. } => None,
         };
     }
-    if let Some(DeviceError::NoCuda { .. }) = error.downcast_ref() {
-        return Some(Reason::InvalidConfiguration);
+    if let Some(error) = error.downcast_ref::<DeviceError>() {
+        return match error {
+            DeviceError::Cuda { .. } if error.is_out_of_memory() => Some(Reason::InsufficientMemory),
+            DeviceError::Cuda { .. } | DeviceError::Class { .. } => Some(Reason::InvalidConfiguration),
+            DeviceError::Open { .. } => None,
+        };
     }
     if let Some(OpsError::OutOfMemory { .. }) = error.downcast_ref() {
         return Some(Reason::InsufficientMemory);

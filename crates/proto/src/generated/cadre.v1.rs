@@ -75,6 +75,7 @@ pub enum NumericsClass {
     F32 = 1,
     Bf16 = 2,
     Fp8 = 3,
+    CudaFp8 = 4,
 }
 impl NumericsClass {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -87,6 +88,7 @@ impl NumericsClass {
             Self::F32 => "NUMERICS_CLASS_F32",
             Self::Bf16 => "NUMERICS_CLASS_BF16",
             Self::Fp8 => "NUMERICS_CLASS_FP8",
+            Self::CudaFp8 => "NUMERICS_CLASS_CUDA_FP8",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -96,6 +98,7 @@ impl NumericsClass {
             "NUMERICS_CLASS_F32" => Some(Self::F32),
             "NUMERICS_CLASS_BF16" => Some(Self::Bf16),
             "NUMERICS_CLASS_FP8" => Some(Self::Fp8),
+            "NUMERICS_CLASS_CUDA_FP8" => Some(Self::CudaFp8),
             _ => None,
         }
     }
