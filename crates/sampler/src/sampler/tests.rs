@@ -122,9 +122,9 @@ mod refusals {
 
     #[test]
     fn a_penalty_that_overflows() {
-        let params = SamplingParams { repetition_penalty: f32::MIN_POSITIVE, ..Default::default() };
+        let params = SamplingParams { repetition_penalty: 0.01, ..Default::default() };
         let history = History { prompt: &[1], output: &[], ..History::default() };
-        let error = Sampler::new().sample(&mut [0.0, 9.0], &params, history, 3).unwrap_err();
+        let error = Sampler::new().sample(&mut [0.0, 1e38], &params, history, 3).unwrap_err();
         assert_eq!(error, SampleError::NotFinite { position: 3, token: 1, value: f32::INFINITY });
     }
 }
