@@ -250,11 +250,19 @@ mod tests {
                     let container = &pod["containers"][0];
                     let variables = container["env"].as_array().cloned().unwrap_or_default();
                     let all = container.to_string();
+                    // A field of the pod is known once it runs.
+                    let value_of = |variable: &Value| -> String {
+                        match variable["valueFrom"]["fieldRef"]["fieldPath"].as_str() {
+                            Some("status.podIP") => "fd00::9".to_owned(),
+                            Some(_) => "10".to_owned(),
+                            None => variable["value"].as_str().unwrap_or("10").to_owned(),
+                        }
+                    };
                     // The kubelet puts variables into arguments and into each other.
                     let filled = |text: &str| {
                         variables.iter().fold(text.to_owned(), |text, variable| {
                             let reference = format!("$({})", variable["name"].as_str().unwrap());
-                            text.replace(&reference, variable["value"].as_str().unwrap_or("10"))
+                            text.replace(&reference, &value_of(variable))
                         })
                     };
                     let mut args: Vec<String> = vec!["cadre".into()];
@@ -271,7 +279,7 @@ mod tests {
                         match flag.and_then(clap::Arg::get_long) {
                             // As a flag, because a test must not change its own environment.
                             Some(long) => {
-                                let value = filled(variable["value"].as_str().unwrap_or("10"));
+                                let value = filled(&value_of(variable));
                                 args.extend([format!("--{long}"), value]);
                             }
                             // Some are only there to be part of others.

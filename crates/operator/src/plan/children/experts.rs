@@ -19,7 +19,7 @@ pub(super) fn stateful_set(blueprint: &Blueprint<'_>) -> Option<(Child, String)>
     args.extend(blueprint.member_args(port::EXPERT));
     args.extend(spec.experts.limits.flags());
     let mut env = vec![pod::field("CADRE_SHARD", &format!("metadata.labels['{POD_INDEX}']"))];
-    env.extend(pod::member_env(port::EXPERT));
+    env.extend(pod::member_env());
     let process = Process {
         component,
         args,

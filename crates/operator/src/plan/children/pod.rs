@@ -116,13 +116,12 @@ pub(super) fn everywhere(port: u16) -> String {
     format!("0.0.0.0:{port}")
 }
 
-/// Who a member is, and where others reach it.
-pub(super) fn member_env(port: u16) -> Vec<EnvVar> {
+/// Who a member is, and where others reach it: at its pod's address and the port that it listens on.
+pub(super) fn member_env() -> Vec<EnvVar> {
     vec![
         field("CADRE_POD_NAME", "metadata.name"),
         field("CADRE_POD_UID", "metadata.uid"),
         field("CADRE_POD_IP", "status.podIP"),
-        value("CADRE_ADVERTISE", format!("$(CADRE_POD_IP):{port}")),
     ]
 }
 

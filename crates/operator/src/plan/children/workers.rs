@@ -38,7 +38,7 @@ pub(super) fn deployment(blueprint: &Blueprint<'_>, tier: Tier, kv_bytes: u64) -
         component,
         args,
         ports: vec![("worker", port::WORKER)],
-        env: pod::member_env(port::WORKER),
+        env: pod::member_env(),
         pod: spec.pod(tier),
         accelerator,
         is_member: true,
