@@ -519,10 +519,9 @@ mod hostile {
 
         /// A source without tags is written as it is, and is left alone by the rewriting.
         #[test]
-        fn plain_text_is_written_as_it_is(text in "[^{]{0,60}") {
+        fn plain_text_is_written_as_it_is(text in "[^{\r]{0,60}") {
             // The engine drops one line break at the end, as Jinja does.
-            let expected = text.strip_suffix('\n').unwrap_or(&text).replace("\r", "");
-            prop_assume!(!text.contains('\r'));
+            let expected = text.strip_suffix('\n').unwrap_or(&text).to_owned();
             prop_assert_eq!(render(&text, json!([])), Ok(expected));
         }
     }
