@@ -21,6 +21,10 @@ const MISSES: u32 = 4;
 /// A process answers from when it has opened its checkpoint on; Kubernetes gives it as long.
 const OPENING: Duration = Duration::from_secs(900);
 
+/// Between two questions before the first answer: what hangs right after it began to serve has answered by then, and is
+/// not taken for one that opens its checkpoint.
+const UNTIL_FIRST_ANSWER: Duration = Duration::from_millis(100);
+
 /// Completes, with the reason in words, when the process behind an admin port hangs.
 pub(crate) async fn hung(admin: String) -> String {
     hung_within(admin, PAUSE, LIMIT, OPENING).await
@@ -30,7 +34,7 @@ async fn hung_within(admin: String, pause: Duration, limit: Duration, opening: D
     let begun = Instant::now();
     let (mut answered, mut misses) = (false, 0);
     loop {
-        sleep(pause).await;
+        sleep(if answered { pause } else { pause.min(UNTIL_FIRST_ANSWER) }).await;
         // Whatever the answer is, there is one.
         match http::get_within(limit, &admin, "/healthz").await {
             Ok(_) => (answered, misses) = (true, 0),

@@ -39,8 +39,9 @@ enum Asked {
 }
 
 /// Whether the largest logit is the token and nothing else is asked for.
-fn is_greedy(params: &SamplingParams) -> bool {
-    params.temperature == 0.0
+fn is_greedy(params: &SamplingParams, banned: &[TokenId]) -> bool {
+    banned.is_empty()
+        && params.temperature == 0.0
         && params.logprobs.is_none()
         && params.repetition_penalty == 1.0
         && params.frequency_penalty == 0.0
@@ -58,7 +59,7 @@ impl CudaBackend {
         let op = "sample";
         check::sample_rows(op, logits.dims.rows, rows.iter().map(|row| row.row))?;
         let vocabulary = logits.dims.cols;
-        let greedy = |row: &&SampleRow<'_>| vocabulary <= MOST && is_greedy(row.params);
+        let greedy = |row: &&SampleRow<'_>| vocabulary <= MOST && is_greedy(row.params, row.history.banned);
         let list: Vec<u32> = rows.iter().filter(greedy).map(|row| row.row as u32).collect();
         let found = if list.is_empty() {
             None
@@ -142,7 +143,7 @@ mod tests {
     fn what_was_found_is_what_the_sampler_says() {
         let row = [0.5_f32, 3.0, 3.0, -1.0];
         let params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
-        assert!(is_greedy(&params));
+        assert!(is_greedy(&params, &[]));
         let sampled = Sampler::new().sample(&mut row.clone(), &params, cadre_sampler::History::default(), 7);
         assert_eq!(greedy_token(&words([3.0_f32.to_bits(), 1, NONE, 0]), 7, 4), sampled);
         let mut none = [f32::NEG_INFINITY; 4];
@@ -156,9 +157,10 @@ mod tests {
     #[test]
     fn only_plain_greedy_rows_stay_on_the_device() {
         let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
-        assert!(!is_greedy(&SamplingParams { temperature: 0.7, ..greedy.clone() }));
-        assert!(!is_greedy(&SamplingParams { logprobs: Some(0), ..greedy.clone() }));
-        assert!(!is_greedy(&SamplingParams { presence_penalty: 0.5, ..greedy.clone() }));
-        assert!(!is_greedy(&SamplingParams { repetition_penalty: 1.1, ..greedy }));
+        assert!(!is_greedy(&SamplingParams { temperature: 0.7, ..greedy.clone() }, &[]));
+        assert!(!is_greedy(&SamplingParams { logprobs: Some(0), ..greedy.clone() }, &[]));
+        assert!(!is_greedy(&SamplingParams { presence_penalty: 0.5, ..greedy.clone() }, &[]));
+        assert!(!is_greedy(&SamplingParams { repetition_penalty: 1.1, ..greedy.clone() }, &[]));
+        assert!(!is_greedy(&greedy, &[3]), "what the device finds may be banned");
     }
 }
