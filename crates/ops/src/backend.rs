@@ -8,7 +8,7 @@
 //!
 //! **Kinds of buffers.** [`Backend::Residual`] is F32 and never rounded; [`Backend::Activations`] hold values
 //! rounded to the class's activation type (and, if the backend likes, their e4m3 codes beside them);
-//! [`Backend::Rows`] hold rows in [`RowFormat::dispatch`] of the class, as they travel to experts;
+//! [`Backend::Rows`] hold rows in [`RowFormat::dispatch`](crate::RowFormat::dispatch) of the class, as they travel to experts;
 //! [`Backend::Logits`] are F32. All are row-major `[capacity rows, cols]`; `rows` arguments say how many
 //! leading rows take part, so one buffer serves batches of every size up to its capacity. Outputs are separate
 //! buffers; none aliases an input.

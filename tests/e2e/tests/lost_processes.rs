@@ -138,21 +138,30 @@ async fn a_hung_process_is_restarted_and_requests_are_refused_meanwhile() {
     assert_eq!(again, expected);
 }
 
+async fn decode_rows(admin: &str) -> f64 {
+    http::metric(admin, "cadre_worker_tokens_total", &["kind=\"decode\""]).await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_decode_worker_ends_its_requests_with_its_name_and_no_others() {
     let cluster = Cluster::start(&["--decode=2", "--experts=1"]);
     let expected = unharmed(&cluster).await;
+    let victim = cluster.member("decode 0");
+    let admins = [victim.admin.clone(), cluster.member("decode 1").admin];
+    let mut idle = Vec::new();
+    for admin in &admins {
+        idle.push(decode_rows(admin).await);
+    }
     // Enough streams that both workers have some; which worker has which is the router's business.
     let mut tasks = Vec::new();
     for _ in 0..4 {
         let mut client = grpc::connect(&cluster.grpc()).await;
         tasks.push(tokio::spawn(async move { grpc::stream(&mut client, long()).await }));
     }
-    let victim = cluster.member("decode 0");
-    for name in ["decode 0", "decode 1"] {
-        let admin = cluster.member(name).admin;
-        wait::until_async(&format!("{name} has a sequence"), || async {
-            (http::metric(&admin, "cadre_worker_kv_pages", &["state=\"used\""]).await > 0.0).then_some(())
+    // A request that has no token yet is tried again on the other worker, so both have to be past their first.
+    for (admin, idle) in admins.iter().zip(idle) {
+        wait::until_async(&format!("the worker at {admin} decodes"), || async {
+            (decode_rows(admin).await > idle).then_some(())
         })
         .await;
     }
