@@ -64,7 +64,10 @@ async fn with_copies_nobody_notices_a_lost_shard() {
     let victim = cluster.member("expert 1");
     let tokens = harmed(&cluster, || process::signal(victim.pid, "KILL")).await.expect("no error");
     assert_eq!(tokens, expected, "killed: same tokens, same logprobs");
-    assert!(http::metric(&decode, "cadre_dispatch_failures_total", &[]).await >= 1.0);
+    wait::until_async("the failure is counted", || async {
+        (http::metric(&decode, "cadre_dispatch_failures_total", &[]).await >= 1.0).then_some(())
+    })
+    .await;
     let ended = cluster.ended("expert 1");
     assert!(ended["status"].as_str().is_some_and(|status| status.contains("signal: 9")), "{ended}");
     recovered(&cluster, "expert 1", &victim).await;
