@@ -171,14 +171,19 @@ fn tag_and_digest_and_the_image_of_models() {
     assert_eq!(pods(&other)[0]["containers"][0]["image"], IMAGE);
 }
 
-/// Rules as a set: their order means nothing.
+/// Rules as a set: neither their order nor that of their fields means anything.
 fn rules(role: &Value) -> BTreeSet<String> {
-    role["rules"].as_array().expect("rules").iter().map(Value::to_string).collect()
+    role["rules"].as_array().expect("rules").iter().map(rule).collect()
+}
+
+fn rule(rule: &Value) -> String {
+    let fields: BTreeMap<_, _> = rule.as_object().expect("a rule").iter().collect();
+    json!(fields).to_string()
 }
 
 fn rules_of(scopes: &[Scope]) -> BTreeSet<String> {
     let values = scopes.iter().map(|scope| rbac::policy_rules_value(*scope));
-    values.flat_map(|rules| rules.as_array().expect("rules").clone()).map(|rule| rule.to_string()).collect()
+    values.flat_map(|rules| rules.as_array().expect("rules").clone()).map(|found| rule(&found)).collect()
 }
 
 fn namespace(object: &Value) -> &str {
