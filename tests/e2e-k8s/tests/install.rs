@@ -56,8 +56,16 @@ fn shards_are_on_different_nodes_and_tokens_cross_between_them() {
     for shard in elsewhere {
         let (_, index) = shard.name.rsplit_once('-').expect("a pod of a StatefulSet has a number");
         let frames = sent.sum("cadre_dispatch_frames_total", &[&format!("shard=\"{index}\"")]);
-        let computed = model.metrics(shard).sum("cadre_expert_frames_total", &["outcome=\"computed\""]);
-        assert!(frames > 0.0 && computed >= frames, "{}: {frames} sent, {computed} computed", shard.name);
+        assert!(frames > 0.0, "{}: nothing sent", shard.name);
+        // The shard brings its counts up by the clock. On a busy machine a frame may be taken back and sent to another copy.
+        wait::until("what was sent has been computed, or taken back", LIMIT, || {
+            let seen = model.metrics(shard);
+            let computed = seen.sum("cadre_expert_frames_total", &["outcome=\"computed\""]);
+            let cancelled = seen.sum("cadre_expert_frames_total", &["outcome=\"cancelled\""]);
+            holds(computed > cancelled && computed + cancelled >= frames, || {
+                format!("{}: {frames} sent, {computed} computed, {cancelled} taken back", shard.name)
+            })
+        });
     }
 }
 
