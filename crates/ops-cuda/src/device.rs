@@ -1,7 +1,10 @@
-//! The driver: a device with its kernels, memory on it and beside it, streams and events.
+//! The driver: a device with its kernels; `device/` memory on it and beside it, streams and events.
 //!
 //! Thin owners over `cudarc`'s result layer. Its safe layer is left aside: it records and waits for an event around
 //! every launch, which the hot path must not. The driver is looked for before any call of `cudarc`, which would panic.
+
+mod memory;
+mod stream;
 
 use std::{
     ffi::{CString, c_void},
@@ -14,8 +17,12 @@ use cudarc::driver::{
     sys::{self, CUdevice_attribute, CUfunction_attribute_enum as Attribute, CUresult},
 };
 
+pub use self::{
+    memory::{Memory, Pinned},
+    stream::{Event, Stream},
+};
 use crate::{
-    error::{CudaError, describe, is_out_of_memory},
+    error::{CudaError, describe},
     kernels::{self, Kernel, SHARED_BYTES, TABLE},
 };
 
@@ -246,280 +253,6 @@ fn room(function: sys::CUfunction) -> Result<usize, CudaError> {
 fn log(outcome: Result<(), result::DriverError>, op: &'static str) {
     if let Err(error) = outcome {
         tracing::warn!(target: "cadre::cuda", "{op}: {}", describe(error));
-    }
-}
-
-/// Memory on the device; freed when dropped (the driver waits for what uses it).
-#[derive(Debug)]
-pub struct Memory {
-    device: Arc<Device>,
-    address: u64,
-    bytes: usize,
-}
-
-impl Memory {
-    /// Room for `bytes` bytes with any contents.
-    pub fn new(device: &Arc<Device>, op: &'static str, bytes: usize) -> Result<Self, CudaError> {
-        device.enter()?;
-        if bytes == 0 {
-            return Ok(Self { device: device.clone(), address: 0, bytes });
-        }
-        // SAFETY: the context is current.
-        match unsafe { result::malloc_sync(bytes) } {
-            Ok(address) => Ok(Self { device: device.clone(), address, bytes }),
-            Err(error) if is_out_of_memory(error) => {
-                let free = device.memory().map_or(0, |(free, _)| free);
-                Err(CudaError::OutOfMemory { op, bytes, free })
-            }
-            Err(error) => Err(CudaError::failed(op)(error)),
-        }
-    }
-
-    /// Zeroed room; the zeroing is queued on the stream.
-    pub fn zeroed(stream: &Stream, op: &'static str, bytes: usize) -> Result<Self, CudaError> {
-        let memory = Self::new(stream.device(), op, bytes)?;
-        stream.zero(op, memory.address, bytes)?;
-        Ok(memory)
-    }
-
-    /// Where it is on the device; 0 for no bytes.
-    pub fn address(&self) -> u64 {
-        self.address
-    }
-
-    /// The address of a byte of it.
-    pub fn at(&self, byte: usize) -> u64 {
-        debug_assert!(byte <= self.bytes);
-        self.address + byte as u64
-    }
-
-    /// Its size.
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        if self.address != 0 && self.device.enter().is_ok() {
-            // SAFETY: allocated by us and freed once.
-            log(unsafe { result::free_sync(self.address) }, "cuMemFree");
-        }
-    }
-}
-
-/// Pinned host memory: the device reads and writes it under the same address.
-#[derive(Debug)]
-pub struct Pinned {
-    device: Arc<Device>,
-    start: *mut u8,
-    bytes: usize,
-}
-
-// SAFETY: plain memory with one owner.
-unsafe impl Send for Pinned {}
-// SAFETY: reads through `&Pinned` only read.
-unsafe impl Sync for Pinned {}
-
-impl Pinned {
-    /// Room for `bytes` bytes, zeroed.
-    pub fn new(device: &Arc<Device>, op: &'static str, bytes: usize) -> Result<Self, CudaError> {
-        device.enter()?;
-        let mut start = std::ptr::null_mut();
-        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
-        // SAFETY: the context is current; at least one byte is asked.
-        let outcome = unsafe { sys::cuMemHostAlloc(&raw mut start, bytes.max(1), flags) }.result();
-        outcome.map_err(CudaError::failed(op))?;
-        // SAFETY: just allocated with that many bytes; the device has not seen it.
-        unsafe { start.cast::<u8>().write_bytes(0, bytes) };
-        Ok(Self { device: device.clone(), start: start.cast(), bytes })
-    }
-
-    /// The address, for the host and (64-bit Linux maps both alike) for the device.
-    pub fn address(&self) -> u64 {
-        self.start as u64
-    }
-
-    /// The first word, as the device last wrote it.
-    pub fn first_word(&self) -> u32 {
-        debug_assert!(self.bytes >= 4);
-        // SAFETY: page-aligned, at least four bytes, initialised in `new`; the device may write it at any time, which
-        // a volatile read of one word allows for.
-        unsafe { self.start.cast::<u32>().read_volatile() }
-    }
-
-    /// Its bytes. The caller knows that the device does not write them now.
-    pub fn as_slice(&self) -> &[u8] {
-        // SAFETY: allocated with that many bytes, initialised in `new`.
-        unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
-    }
-
-    /// Its bytes. The caller knows that the device does not use them now.
-    pub fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and `&mut self` is the only owner.
-        unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        if self.device.enter().is_ok() {
-            // SAFETY: allocated by us and freed once; the driver waits for what uses it.
-            log(unsafe { sys::cuMemFreeHost(self.start.cast()) }.result(), "cuMemFreeHost");
-        }
-    }
-}
-
-/// An ordered stream of work on a device.
-#[derive(Debug)]
-pub struct Stream {
-    device: Arc<Device>,
-    raw: sys::CUstream,
-}
-
-// SAFETY: the driver allows any thread; order among threads is the owner's.
-unsafe impl Send for Stream {}
-// SAFETY: calls through `&Stream` only queue.
-unsafe impl Sync for Stream {}
-
-impl Stream {
-    /// A stream that waits for no other.
-    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
-        device.enter()?;
-        let raw = result::stream::create(result::stream::StreamKind::NonBlocking)
-            .map_err(CudaError::failed("cuStreamCreate"))?;
-        Ok(Self { device: device.clone(), raw })
-    }
-
-    /// Its device.
-    pub fn device(&self) -> &Arc<Device> {
-        &self.device
-    }
-
-    pub(crate) fn raw(&self) -> sys::CUstream {
-        self.raw
-    }
-
-    /// Waits for everything queued so far.
-    pub fn synchronize(&self, op: &'static str) -> Result<(), CudaError> {
-        self.device.enter()?;
-        // SAFETY: the stream lives.
-        unsafe { result::stream::synchronize(self.raw) }.map_err(CudaError::failed(op))
-    }
-
-    /// An event that is done when everything queued so far is.
-    pub fn record(&self, op: &'static str) -> Result<Event, CudaError> {
-        self.device.enter()?;
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
-        let raw = result::event::create(flags).map_err(CudaError::failed(op))?;
-        let event = Event { device: self.device.clone(), raw };
-        // SAFETY: both live.
-        unsafe { result::event::record(event.raw, self.raw) }.map_err(CudaError::failed(op))?;
-        Ok(event)
-    }
-
-    /// What is queued from here on runs after the event.
-    pub fn run_after(&self, event: &Event, op: &'static str) -> Result<(), CudaError> {
-        self.device.enter()?;
-        // SAFETY: both live; the driver keeps what it needs of the event.
-        unsafe { sys::cuStreamWaitEvent(self.raw, event.raw, 0) }.result().map_err(CudaError::failed(op))
-    }
-
-    /// Host memory to the device. Of pageable memory the driver has a copy when this returns; pinned memory must stay
-    /// as it is until the copy has run.
-    pub fn upload(&self, op: &'static str, from: &[u8], to: u64) -> Result<(), CudaError> {
-        if from.is_empty() {
-            return Ok(());
-        }
-        self.device.enter()?;
-        // SAFETY: `to` is the caller's; the source's life is as said above.
-        unsafe { result::memcpy_htod_async(to, from, self.raw) }.map_err(CudaError::failed(op))
-    }
-
-    /// Device memory to pinned memory at `to`; it must stay until the copy has run.
-    pub fn download(&self, op: &'static str, from: u64, to: u64, bytes: usize) -> Result<(), CudaError> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.device.enter()?;
-        // SAFETY: both addresses are the caller's.
-        unsafe { sys::cuMemcpyDtoHAsync_v2(to as *mut c_void, from, bytes, self.raw) }
-            .result()
-            .map_err(CudaError::failed(op))
-    }
-
-    /// Zeros on the device.
-    pub fn zero(&self, op: &'static str, to: u64, bytes: usize) -> Result<(), CudaError> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.device.enter()?;
-        // SAFETY: the address is the caller's.
-        unsafe { result::memset_d8_async(to, 0, bytes, self.raw) }.map_err(CudaError::failed(op))
-    }
-
-    /// Device to device.
-    pub fn copy(&self, op: &'static str, from: u64, to: u64, bytes: usize) -> Result<(), CudaError> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.device.enter()?;
-        // SAFETY: both addresses are the caller's.
-        unsafe { result::memcpy_dtod_async(to, from, bytes, self.raw) }.map_err(CudaError::failed(op))
-    }
-}
-
-impl Drop for Stream {
-    fn drop(&mut self) {
-        if self.device.enter().is_ok() {
-            // What is queued may use memory that its owners drop right after.
-            // SAFETY: made by us; destroyed once.
-            unsafe {
-                log(result::stream::synchronize(self.raw), "cuStreamSynchronize");
-                log(result::stream::destroy(self.raw), "cuStreamDestroy");
-            }
-        }
-    }
-}
-
-/// A point in a stream.
-#[derive(Debug)]
-pub struct Event {
-    device: Arc<Device>,
-    raw: sys::CUevent,
-}
-
-// SAFETY: the driver allows any thread.
-unsafe impl Send for Event {}
-// SAFETY: as above.
-unsafe impl Sync for Event {}
-
-impl Event {
-    /// Whether the point is reached.
-    pub fn is_done(&self, op: &'static str) -> Result<bool, CudaError> {
-        self.device.enter()?;
-        // SAFETY: the event lives.
-        match unsafe { result::event::query(self.raw) } {
-            Ok(()) => Ok(true),
-            Err(error) if error.0 == CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            Err(error) => Err(CudaError::failed(op)(error)),
-        }
-    }
-
-    /// Waits until it is.
-    pub fn wait(&self, op: &'static str) -> Result<(), CudaError> {
-        self.device.enter()?;
-        // SAFETY: the event lives.
-        unsafe { result::event::synchronize(self.raw) }.map_err(CudaError::failed(op))
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        if self.device.enter().is_ok() {
-            // SAFETY: made by us; destroyed once.
-            log(unsafe { result::event::destroy(self.raw) }, "cuEventDestroy");
-        }
     }
 }
 

@@ -1,18 +1,19 @@
 //! Attention over the latent cache, in both forms.
 
-use cadre_ops::{KvLayout, OpsError, check};
+use cadre_ops::{AttentionShape, KvLayout, OpsError, check};
 
 use super::{
-    CudaBackend, Step,
+    CudaBackend, Step, THREADS,
     planes::Plane,
     product::{Input, Output, Which, product},
     queue::{CudaQueue, Scratch},
     step::Naive,
-    weights::{Attention, KvUp, PlainKvUp, element_bytes},
+    tensor,
+    weights::{Attention, KvUp, PlainKvUp, Vector, element_bytes},
 };
 use crate::{
     device::Memory,
-    kernels::Kernel,
+    kernels::{Kernel, SHARED_BYTES},
     launch::{Arg, Grid},
 };
 
@@ -72,7 +73,85 @@ pub(crate) fn heads_at_once(heads: usize, positions: usize, head_width: usize) -
     (EXPANDED_BYTES / (positions * head_width * 4).max(1)).clamp(1, heads)
 }
 
+#[allow(clippy::too_many_arguments, reason = "the trait's operation")]
+pub(crate) fn append(
+    queue: &mut CudaQueue,
+    step: &Step,
+    attention: &Attention,
+    kv_a: &Plane,
+    norm: &Vector,
+    eps: f32,
+    layer: usize,
+    cache: &mut KvCache,
+) -> Result<(), OpsError> {
+    let shape = &attention.shape;
+    check::kv_append("kv_append", step.info(), shape, &cache.layout, layer, kv_a.dims, norm.len)?;
+    let args = [
+        kv_a.into(),
+        kv_a.bf16.into(),
+        (&norm.memory).into(),
+        eps.into(),
+        Arg::U32(shape.kv_lora as u32),
+        Arg::U32(shape.rope as u32),
+        Arg::Pointer(step.positions()),
+        Arg::Pointer(step.places()),
+        (&attention.angles).into(),
+        Arg::Pointer(cache.layer(layer)),
+        cache.tiled.into(),
+    ];
+    queue.launch(Kernel::KvAppend, Grid::of(step.info().rows, THREADS), &args)
+}
+
+pub(crate) fn rotate(
+    queue: &mut CudaQueue,
+    step: &Step,
+    attention: &Attention,
+    q: &mut Plane,
+) -> Result<(), OpsError> {
+    let shape = &attention.shape;
+    check::rope_query("rope_query", step.info(), shape, q.dims)?;
+    let args = [
+        (&*q).into(),
+        q.bf16.into(),
+        Arg::U32(shape.heads as u32),
+        Arg::U32(shape.nope as u32),
+        Arg::U32(shape.rope as u32),
+        Arg::Pointer(step.positions()),
+        (&attention.angles).into(),
+    ];
+    queue.launch(Kernel::RopeQuery, Grid::of(step.info().rows, THREADS), &args)
+}
+
 impl CudaBackend {
+    /// The latent cache of every layer, zeroed.
+    pub(crate) fn cache(&self, layout: KvLayout) -> Result<KvCache, OpsError> {
+        let op = "kv_cache";
+        let bf16 = self.rounds();
+        let tiled = self.tensor() && tensor::covers_cache(&layout);
+        check::kv_layout(op, &layout)?;
+        let bytes = check::product(op, layout.layers * layout.pages, page_bytes(&layout, bf16, tiled))?;
+        // A place in a layer is 32 bits wide on the device.
+        check::at_least(
+            op,
+            "places of a layer",
+            u32::MAX as usize,
+            layout.pages.saturating_mul(KvLayout::PAGE_TOKENS),
+        )?;
+        let memory = Memory::zeroed(&self.stream, op, bytes)?;
+        self.stream.synchronize(op)?;
+        Ok(KvCache { layout, bf16, tiled, memory })
+    }
+
+    /// The rotary table of a shape that the kernels can hold.
+    pub(crate) fn attention_of(&self, shape: &AttentionShape) -> Result<Attention, OpsError> {
+        let op = "load_attention";
+        check::attention_shape(op, shape)?;
+        // Query, output and probabilities of a row and head lie in shared memory.
+        let words = 2 * shape.kv_lora + shape.rope + shape.nope + shape.v + 2 * KvLayout::PAGE_TOKENS;
+        check::at_least(op, "elements of shared memory for a head", SHARED_BYTES as usize / 4, words)?;
+        self.loader.attention(op, shape)
+    }
+
     #[allow(clippy::too_many_arguments, reason = "the trait's operation")]
     pub(crate) fn attention(
         &self,
