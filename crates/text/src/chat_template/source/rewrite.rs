@@ -1,0 +1,183 @@
+//! What is rewritten in a source (the header of [`super`] says why), as edits of its text.
+
+use std::ops::Range;
+
+use super::scan::{Kind, Scan, Tag};
+
+/// Text to put in the place of a range, often an empty one.
+pub(super) type Edit = (Range<usize>, Nesting, String);
+
+/// The order of edits at one place: what ends there from the inside out, then what begins from the outside in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Nesting {
+    EndInner,
+    EndOuter,
+    EndValue,
+    BeginValue,
+    BeginOuter,
+    BeginInner,
+}
+
+pub(super) fn apply(source: &str, mut edits: Vec<Edit>) -> String {
+    edits.sort_by_key(|(range, nesting, _)| (range.start, *nesting));
+    let mut text = String::with_capacity(source.len());
+    let mut from = 0;
+    for (range, _, new) in edits {
+        text.push_str(&source[from..range.start]);
+        text.push_str(&new);
+        from = range.end;
+    }
+    text.push_str(&source[from..]);
+    text
+}
+
+impl Scan<'_> {
+    pub(super) fn generation_tags(&self, edits: &mut Vec<Edit>) {
+        for tag in self.tags.iter().filter(|tag| tag.is_block && tag.tokens.len() == 1) {
+            let token = tag.tokens.start;
+            let new = match self.word(token) {
+                "generation" => "with",
+                "endgeneration" => "endwith",
+                _ => continue,
+            };
+            edits.push((self.tokens[token].at.clone(), Nesting::BeginOuter, new.to_owned()));
+        }
+    }
+
+    pub(super) fn percent_formats(&self, edits: &mut Vec<Edit>) {
+        for tag in &self.tags {
+            for percent in tag.tokens.clone().filter(|&token| self.word(token) == "%") {
+                let first = (tag.tokens.start..percent).rev().take_while(|&t| self.is(t, Kind::Text)).last();
+                let Some((first, end)) = first.zip(self.operand_end(percent + 1, tag)) else { continue };
+                let (from, to) = (self.start(first), self.end(end));
+                edits.push((from..from, Nesting::BeginInner, "(".to_owned()));
+                let operator = self.tokens[percent].at.clone();
+                edits.push((operator, Nesting::BeginOuter, "|percent_format(".to_owned()));
+                edits.push((to..to, Nesting::EndInner, "))".to_owned()));
+            }
+        }
+    }
+
+    /// The last token of the operand that begins at `first`: what binds tighter than `%`.
+    fn operand_end(&self, first: usize, tag: &Tag) -> Option<usize> {
+        let mut last = first;
+        while matches!(self.word(last), "-" | "+") {
+            last += 1;
+        }
+        last = match self.word(last) {
+            "(" | "[" | "{" => self.closing(last, tag)?,
+            _ if last < tag.tokens.end && !self.is(last, Kind::Operator) => last,
+            _ => return None,
+        };
+        loop {
+            let next = last + 1;
+            last = match self.word(next) {
+                _ if next >= tag.tokens.end => return Some(last),
+                "." | "|" if self.is(next + 1, Kind::Name) => next + 1,
+                "(" | "[" => self.closing(next, tag)?,
+                _ => return Some(last),
+            };
+        }
+    }
+
+    /// The macros that read `varargs`: name and number of parameters.
+    pub(super) fn varargs(&self, edits: &mut Vec<Edit>) {
+        let mut macros: Vec<(&str, usize)> = Vec::new();
+        for (number, tag) in self.tags.iter().enumerate() {
+            let first = tag.tokens.start;
+            if !tag.is_block || self.word(first) != "macro" || self.word(first + 2) != "(" {
+                continue;
+            }
+            let Some(close) = self.closing(first + 2, tag) else { continue };
+            let ends = |tag: &&Tag| !tag.is_block || self.word(tag.tokens.start) != "endmacro";
+            let body = self.tags[number + 1..].iter().take_while(ends);
+            let reads = body.flat_map(|tag| tag.tokens.clone()).any(|token| self.word(token) == "varargs");
+            if reads {
+                let parameters = self.arguments(first + 2, close).len();
+                let comma = if parameters == 0 { "" } else { ", " };
+                let at = self.start(close);
+                edits.push((at..at, Nesting::EndOuter, format!("{comma}varargs=()")));
+                macros.push((self.word(first + 1), parameters));
+            }
+        }
+        for tag in &self.tags {
+            for open in tag.tokens.clone().skip(1).filter(|&token| self.word(token) == "(") {
+                let called = self.word(open - 1);
+                let before = if open >= tag.tokens.start + 2 { self.word(open - 2) } else { "" };
+                let found = macros.iter().find(|(name, _)| *name == called);
+                if let Some(&(_, parameters)) = found.filter(|_| !matches!(before, "." | "|" | "macro")) {
+                    self.pass_varargs(open, tag, parameters, edits);
+                }
+            }
+        }
+    }
+
+    fn pass_varargs(&self, open: usize, tag: &Tag, parameters: usize, edits: &mut Vec<Edit>) {
+        let Some(close) = self.closing(open, tag) else { return };
+        let named = |arg: &Range<usize>| self.is(arg.start, Kind::Name) && self.word(arg.start + 1) == "=";
+        let positional: Vec<Range<usize>> =
+            self.arguments(open, close).into_iter().take_while(|arg| !named(arg)).collect();
+        if let [first, .., last] | [first @ last] = &positional[parameters.min(positional.len())..] {
+            let (from, to) = (self.start(first.start), self.end(last.end - 1));
+            edits.push((from..from, Nesting::BeginOuter, "varargs=(".to_owned()));
+            edits.push((to..to, Nesting::EndOuter, ",)".to_owned()));
+        }
+    }
+
+    pub(super) fn bounds(&self, edits: &mut Vec<Edit>) {
+        for tag in &self.tags {
+            let Range { start, end } = tag.tokens.clone();
+            if tag.is_block {
+                match self.word(start) {
+                    "set" => {
+                        // Without one it is a block, whose text the fuel bounds.
+                        if let Some(equals) = self.find_outside(start, end, &["="]) {
+                            self.bound(equals + 1..end, edits);
+                        }
+                    }
+                    "for" => {
+                        let among = self.find_outside(start, end, &["in"]).unwrap_or(end);
+                        let last = self.find_outside(among, end, &["if", "recursive"]).unwrap_or(end);
+                        self.bound(among + 1..last, edits);
+                    }
+                    "with" => {
+                        for assignment in self.arguments(start, end) {
+                            if self.word(assignment.start + 1) == "=" {
+                                self.bound(assignment.start + 2..assignment.end, edits);
+                            }
+                        }
+                    }
+                    "macro" => self.bound_parameters(tag, edits),
+                    _ => {}
+                }
+            }
+            for open in tag.tokens.clone().skip(1).filter(|&token| self.word(token) == "(") {
+                if self.word(open - 1) == "loop"
+                    && let Some(close) = self.closing(open, tag)
+                {
+                    self.bound(open + 1..close, edits);
+                }
+            }
+        }
+    }
+
+    fn bound(&self, value: Range<usize>, edits: &mut Vec<Edit>) {
+        if value.is_empty() {
+            return;
+        }
+        let (from, to) = (self.start(value.start), self.end(value.end - 1));
+        edits.push((from..from, Nesting::BeginValue, "(".to_owned()));
+        edits.push((to..to, Nesting::EndValue, ")|within_bounds".to_owned()));
+    }
+
+    /// A macro that calls itself passes values on from call to call.
+    fn bound_parameters(&self, tag: &Tag, edits: &mut Vec<Edit>) {
+        let open = tag.tokens.start + 2;
+        let Some(close) = self.closing(open, tag).filter(|_| self.word(open) == "(") else { return };
+        for parameter in self.arguments(open, close) {
+            let name = self.word(parameter.start);
+            let set = format!("{{% set {name} = {name}|within_bounds {}", tag.close);
+            edits.push((tag.end..tag.end, Nesting::EndInner, set));
+        }
+    }
+}
