@@ -9,11 +9,7 @@
 // 16-byte copies, rows of h (in e4m3, already in wgmma's layout) in bulk after the expert's ready counter. The token tile (8, 16, 32, 64)
 // follows each expert's own count. Needs all blocks of the grid on the device at once: grid <= multiprocessors, one block each.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "hopper.cuh"
 
 struct BlockArgs {
   const u8* x;         // distinct rows, e4m3 [rows][x_row bytes]
@@ -33,99 +29,7 @@ struct BlockArgs {
 };
 static_assert(sizeof(BlockArgs) == 120, "the host's copy of this struct");
 
-enum { MAX_GROUPS = 512, MAX_ROWS = 64, ERROR_WAIT = 1, ERROR_ROWS = 2, ERROR_SHAPE = 3 };
-
-static __device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-static __device__ __forceinline__ void barrier_init(u32 b, int n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b), "r"(n)); }
-static __device__ __forceinline__ void barrier_expect(u32 b, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory"); }
-static __device__ __forceinline__ void barrier_arrive(u32 b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(b) : "memory"); }
-static __device__ __forceinline__ bool barrier_try(u32 b, int phase) {
-  u32 done;
-  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(done) : "r"(b), "r"(phase) : "memory");
-  return done;
-}
-static __device__ __forceinline__ u64 now() { u64 t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }
-// Waits at most 4 s (a stage takes microseconds; tools that slow the device a thousandfold still fit) and gives up at once where another
-// thread gave up before: a defect ends in a flag that the host reads, never in a device that hangs.
-static __device__ __forceinline__ bool barrier_wait(u32 b, int phase, int* error) {
-  if (barrier_try(b, phase)) return true;
-  u64 start = now();
-  while (!barrier_try(b, phase)) {
-    if (now() - start > 4000000000ull) atomicExch(error, ERROR_WAIT);
-    if (*(volatile int*)error) return false;
-  }
-  return true;
-}
-static __device__ __forceinline__ void bulk_copy(u32 dst, const void* src, int bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes), "r"(barrier) : "memory");
-}
-static __device__ __forceinline__ void copy16(u32 dst, const void* src, int bytes) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory"); }
-static __device__ __forceinline__ void copy4(u32 dst, const void* src, int bytes) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory"); }
-static __device__ __forceinline__ u32 bf16x2(float low, float high) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
-// K-major operand of 128-byte rows, 128-byte swizzle: groups of eight rows lie 1,024 bytes apart.
-static __device__ __forceinline__ u64 operand(u32 a) { return (u64)((a & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62; }
-
-// exp of docs/numerics.md, operation for operation (cadre-numerics, exp.rs): its bits are those of the CPU classes.
-static __device__ __forceinline__ float exp_fixed(float x) {
-  float n = rintf(__fmul_rn(x, 1.44269504088896f));
-  float r = fmaf(n, -0.693147180559945f, x);
-  r = fmaf(n, 1.9046542e-9f, r);
-  float p = 1.f / 5040.f;
-  p = fmaf(p, r, 1.f / 720.f);
-  p = fmaf(p, r, 1.f / 120.f);
-  p = fmaf(p, r, 1.f / 24.f);
-  p = fmaf(p, r, 1.f / 6.f);
-  p = fmaf(p, r, 0.5f);
-  p = fmaf(p, r, 1.f);
-  p = fmaf(p, r, 1.f);
-  float y = __int_as_float(__float_as_int(p) + ((int)n << 23));
-  return x != x ? x : x < -87.f ? 0.f : x > 88.f ? __int_as_float(0x7f800000) : y;
-}
-// bf16(silu(gate) * up): the inner activation's rounding point.
-static __device__ __forceinline__ float swiglu(float gate, float up) { return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.f, exp_fixed(-gate))), up); }
-
-template <int N, bool F8> struct Mma;
-template <> struct Mma<8, true> {
-  static __device__ __forceinline__ void issue(float* c, u64 a, u64 b, int keep) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %6, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0, %1, %2, %3}, %4, %5, p, 1, 1;\n}"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "l"(a), "l"(b), "r"(keep));
-  }
-};
-template <> struct Mma<16, true> {
-  static __device__ __forceinline__ void issue(float* c, u64 a, u64 b, int keep) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %10, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1;\n}"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7])
-        : "l"(a), "l"(b), "r"(keep));
-  }
-};
-template <> struct Mma<32, true> {
-  static __device__ __forceinline__ void issue(float* c, u64 a, u64 b, int keep) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %18, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1;\n}"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15])
-        : "l"(a), "l"(b), "r"(keep));
-  }
-};
-template <> struct Mma<64, true> {
-  static __device__ __forceinline__ void issue(float* c, u64 a, u64 b, int keep) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1;\n}"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
-        : "l"(a), "l"(b), "r"(keep));
-  }
-};
-template <int COUNT> static __device__ __forceinline__ void hold(float* c) {
-#pragma unroll
-  for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(c[i])::"memory");
-}
-
+enum { MAX_GROUPS = 512, MAX_ROWS = 64 };
 
 enum {
   CONSUMERS = 512, THREADS = 640, WEIGHT_THREAD = 512, ROW_THREAD = 544, ROW_THREADS = 96,
@@ -142,15 +46,6 @@ struct Ring {
 static __device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, 512;" ::: "memory"); }
 // byte of (row, column of 128) inside swizzled rows
 static __device__ __forceinline__ int swizzled(int row, int k) { return row * 128 + ((((k >> 4) ^ (row & 7)) << 4) | (k & 15)); }
-static __device__ __forceinline__ float scale_of(float amax, int pow2) {
-  float s = __fdiv_rn(fmaxf(amax, 1e-4f), 448.f);
-  if (pow2) {
-    u32 bits = __float_as_uint(s);
-    s = __uint_as_float((bits & 0x7f800000u) + ((bits & 0x7fffffu) ? 0x800000u : 0u));
-  }
-  return s;
-}
-
 template <int N> static __device__ __forceinline__ void product(float* sum, const BlockArgs& a, u8* memory, Ring& ring, int blocks, const float* scales0, const float* scales1) {
   int warpgroup = threadIdx.x >> 7, lane = threadIdx.x & 31;
   u32 base = shared(memory), bars = base + AT_BARRIERS;
@@ -161,16 +56,16 @@ template <int N> static __device__ __forceinline__ void product(float* sum, cons
     float s0 = __ldg(scales0 + block), s1 = __ldg(scales1 + block);
     barrier_wait(bars + (R_FULL + ring.r) * 8, ring.r_phase, a.error);
     barrier_wait(bars + (W_FULL + ring.w) * 8, ring.w_phase, a.error);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    fence_shared();
     float part[N / 2];
     hold<N / 2>(part);
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    wgmma_fence();
     u64 wd = operand(base + ring.w * STAGE + warpgroup * 8192), xd = operand(base + AT_ROWS + ring.r * ring.tile * 128);
 #pragma unroll
-    for (int i = 0; i < 4; i++) Mma<N, true>::issue(part, wd + i * 2, xd + i * 2, i);
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    for (int i = 0; i < 4; i++) Wgmma<N>::e4m3(part, wd + i * 2, xd + i * 2, i);
+    wgmma_commit();
     const float* s = (const float*)(memory + AT_SCALES) + ring.r * ring.tile + (lane & 3) * 2;
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    wgmma_wait<0>();
     hold<N / 2>(part);
     if (lane == 0) barrier_arrive(bars + (W_EMPTY + ring.w) * 8);
 #pragma unroll
@@ -201,7 +96,7 @@ template <int N> static __device__ __forceinline__ void gate_up(const BlockArgs&
 #pragma unroll
     for (int q = 0; q < 2; q++) {
       int row = j * 8 + (lane & 3) * 2 + q;
-      float v = __uint_as_float(bf16x2(swiglu(h[4 * j + q], h[4 * j + 2 + q]), 0.f) << 16);
+      float v = __uint_as_float(bf16x2(__fmul_rn(silu(h[4 * j + q]), h[4 * j + 2 + q]), 0.f) << 16);
       h[4 * j + q] = v;
       v = fabsf(v);
       v = fmaxf(v, __shfl_xor_sync(~0u, v, 4));
@@ -216,7 +111,7 @@ template <int N> static __device__ __forceinline__ void gate_up(const BlockArgs&
 #pragma unroll
     for (int q = 0; q < 2; q++) {
       int row = j * 8 + (lane & 3) * 2 + q;
-      float s = scale_of(__uint_as_float(amax[row]), a.pow2);
+      float s = quant_scale(__uint_as_float(amax[row]), a.pow2);
       u16 code = 0;
       if (row < rows) asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(code) : "f"(0.f), "f"(__fdiv_rn(h[4 * j + q], s)));
       staged[swizzled(row, column)] = (u8)code;
@@ -226,10 +121,10 @@ template <int N> static __device__ __forceinline__ void gate_up(const BlockArgs&
   i64 block = (i64)group * inner_blocks + tile;
   if (thread < whole * 8) ((uint4*)(a.h + block * MAX_ROWS * 128))[thread] = ((const uint4*)staged)[thread];
   if (thread < MAX_ROWS) {
-    if (thread < whole) a.hs[block * MAX_ROWS + thread] = scale_of(__uint_as_float(amax[thread]), a.pow2);
+    if (thread < whole) a.hs[block * MAX_ROWS + thread] = quant_scale(__uint_as_float(amax[thread]), a.pow2);
     amax[thread] = 0;
   }
-  asm volatile("fence.proxy.async;" ::: "memory"); // others read these rows by bulk copies
+  fence_all(); // others read these rows by bulk copies
   consumers_meet();
   if (thread == 0) {
     __threadfence();
@@ -284,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) expert_block(const __gr
     for (int i = 0; i < STAGES; i++) { barrier_init(bars + (W_FULL + i) * 8, 1); barrier_init(bars + (W_EMPTY + i) * 8, CONSUMERS / 32); }
     for (int i = 0; i < MAX_DEPTH; i++) { barrier_init(bars + (R_FULL + i) * 8, ROW_THREADS); barrier_init(bars + (R_EMPTY + i) * 8, CONSUMERS / 32); }
     for (int i = 0; i < QUEUE; i++) barrier_init(bars + (QUEUED + i) * 8, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::);
+    barriers_made();
   }
   __syncthreads();
   int most = active[1], tile = most <= 8 ? 8 : most <= 16 ? 16 : most <= 32 ? 32 : 64, depth = min((int)MAX_DEPTH, ROW_BYTES / (tile * 128));
@@ -339,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) expert_block(const __gr
               if (row < whole) copy16(base + AT_ROWS + stage * tile * 128 + row * 128 + ((chunk ^ (row & 7)) << 4), from[k] ? from[k] + block * 128 : a.x, from[k] ? 16 : 0);
             }
             if (me < whole) copy4(base + AT_SCALES + (stage * tile + me) * 4, scales ? scales + block : a.xs, scales ? 4 : 0);
-            asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
+            barrier_arrive_after_copies(full);
             if (++stage == depth) { stage = 0; phase ^= 1; }
           }
         } else {
@@ -352,10 +247,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) expert_block(const __gr
               u32 ready;
               asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(ready) : "l"(a.sync + group) : "memory");
               if (ready >= (u32)up_tiles) break;
-              if (now() - start > 4000000000ull) atomicExch(a.error, ERROR_WAIT);
+              if (now() - start > LONGEST_WAIT) atomicExch(a.error, ERROR_WAIT);
               if (*(volatile int*)a.error) break;
             }
-            asm volatile("fence.proxy.async;" ::: "memory");
+            fence_all();
           }
           for (int block = 0; block < down_blocks; block++) {
             u32 full = bars + (R_FULL + stage) * 8;
@@ -371,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) expert_block(const __gr
           }
         }
       }
-      asm volatile("cp.async.wait_all;" ::: "memory");
+      copies_landed();
     }
   } else { // 4 x 104 + 56 <= 5 x 96 registers
     asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");

@@ -13,11 +13,7 @@
 // Block: two consumer warpgroups of 64 weight rows each (one in the entry points of half tiles), then one producer warpgroup. Rows within
 // 16 of a tile are permuted at packing so that a thread holds two adjacent output columns (or, for gate + up, gate and up of one column).
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "hopper.cuh"
 
 struct GemmArgs {
   const u8* x;         // rows: e4m3 or bf16; the pages of one layer's latents with x_mode 1
@@ -44,152 +40,7 @@ static_assert(sizeof(GemmArgs) == 168, "the host's copy of this struct");
 
 enum { X_ROWS = 0, X_PAGES = 1 };
 enum { Y_BF16 = 0, Y_F32 = 1, Y_QUERY_TILES = 2, Y_KEY_TILES = 3, Y_SWIGLU = 4 };
-enum { MAX_GROUPS = 1024, TOKEN_BAND = 16, ERROR_WAIT = 1, ERROR_SHAPE = 3 };
-
-static __device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-static __device__ __forceinline__ void barrier_init(u32 b, int n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b), "r"(n)); }
-static __device__ __forceinline__ void barrier_expect(u32 b, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory"); }
-static __device__ __forceinline__ void barrier_arrive(u32 b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(b) : "memory"); }
-static __device__ __forceinline__ bool barrier_try(u32 b, int phase) {
-  u32 done;
-  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(done) : "r"(b), "r"(phase) : "memory");
-  return done;
-}
-static __device__ __forceinline__ u64 now() { u64 t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }
-// Waits at most 4 s (a stage takes microseconds; tools that slow the device a thousandfold still fit) and gives up at once where another
-// thread gave up before: a defect ends in a flag that the host reads, never in a device that hangs.
-static __device__ __forceinline__ void barrier_wait(u32 b, int phase, int* error) {
-  if (barrier_try(b, phase)) return;
-  u64 start = now();
-  while (!barrier_try(b, phase)) {
-    if (now() - start > 4000000000ull) atomicExch(error, ERROR_WAIT);
-    if (*(volatile int*)error) return;
-  }
-}
-static __device__ __forceinline__ void bulk_copy(u32 dst, const void* src, int bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes), "r"(barrier) : "memory");
-}
-static __device__ __forceinline__ void copy16(u32 dst, const void* src, int bytes) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory"); }
-static __device__ __forceinline__ void copy4(u32 dst, const void* src, int bytes) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory"); }
-static __device__ __forceinline__ u32 bf16x2(float low, float high) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
-// K-major operand of 128-byte rows, 128-byte swizzle: groups of eight rows lie 1,024 bytes apart.
-static __device__ __forceinline__ u64 operand(u32 a) { return (u64)((a & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62; }
-
-// exp of docs/numerics.md, operation for operation (cadre-numerics, exp.rs): its bits are those of the CPU classes.
-static __device__ __forceinline__ float exp_fixed(float x) {
-  float n = rintf(__fmul_rn(x, 1.44269504088896f));
-  float r = fmaf(n, -0.693147180559945f, x);
-  r = fmaf(n, 1.9046542e-9f, r);
-  float p = 1.f / 5040.f;
-  p = fmaf(p, r, 1.f / 720.f);
-  p = fmaf(p, r, 1.f / 120.f);
-  p = fmaf(p, r, 1.f / 24.f);
-  p = fmaf(p, r, 1.f / 6.f);
-  p = fmaf(p, r, 0.5f);
-  p = fmaf(p, r, 1.f);
-  p = fmaf(p, r, 1.f);
-  float y = __int_as_float(__float_as_int(p) + ((int)n << 23));
-  return x != x ? x : x < -87.f ? 0.f : x > 88.f ? __int_as_float(0x7f800000) : y;
-}
-// bf16(silu(gate) * up): the inner activation's rounding point.
-static __device__ __forceinline__ float swiglu(float gate, float up) { return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.f, exp_fixed(-gate))), up); }
-
-template <int N, bool F8> struct Mma;
-template <> struct Mma<8, true> {
-  static __device__ __forceinline__ void issue(float* c, u64 a, u64 b, int keep) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %6, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0, %1, %2, %3}, %4, %5, p, 1, 1;\n}"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "l"(a), "l"(b), "r"(keep));
-  }
-};
-template <> struct Mma<16, true> {
-  static __device__ __forceinline__ void issue(float* c, u64 a, u64 b, int keep) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %10, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1;\n}"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7])
-        : "l"(a), "l"(b), "r"(keep));
-  }
-};
-template <> struct Mma<32, true> {
-  static __device__ __forceinline__ void issue(float* c, u64 a, u64 b, int keep) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %18, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1;\n}"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15])
-        : "l"(a), "l"(b), "r"(keep));
-  }
-};
-template <> struct Mma<64, true> {
-  static __device__ __forceinline__ void issue(float* c, u64 a, u64 b, int keep) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1;\n}"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
-        : "l"(a), "l"(b), "r"(keep));
-  }
-};
-template <> struct Mma<128, true> {
-  static __device__ __forceinline__ void issue(float* c, u64 a, u64 b, int keep) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1;\n}"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]), "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]), "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]), "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]), "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
-        : "l"(a), "l"(b), "r"(keep));
-  }
-};
-template <> struct Mma<8, false> {
-  static __device__ __forceinline__ void issue(float* c, u64 a, u64 b, int keep) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %6, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, 0;\n}"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "l"(a), "l"(b), "r"(keep));
-  }
-};
-template <> struct Mma<16, false> {
-  static __device__ __forceinline__ void issue(float* c, u64 a, u64 b, int keep) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %10, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, 0, 0;\n}"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7])
-        : "l"(a), "l"(b), "r"(keep));
-  }
-};
-template <> struct Mma<32, false> {
-  static __device__ __forceinline__ void issue(float* c, u64 a, u64 b, int keep) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %18, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, 0, 0;\n}"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15])
-        : "l"(a), "l"(b), "r"(keep));
-  }
-};
-template <> struct Mma<64, false> {
-  static __device__ __forceinline__ void issue(float* c, u64 a, u64 b, int keep) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n}"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
-        : "l"(a), "l"(b), "r"(keep));
-  }
-};
-template <> struct Mma<128, false> {
-  static __device__ __forceinline__ void issue(float* c, u64 a, u64 b, int keep) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, 0, 0;\n}"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]), "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]), "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]), "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]), "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
-        : "l"(a), "l"(b), "r"(keep));
-  }
-};
-
-template <int COUNT> static __device__ __forceinline__ void hold(float* c) {
-#pragma unroll
-  for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(c[i])::"memory");
-}
+enum { MAX_GROUPS = 1024, TOKEN_BAND = 16 };
 
 enum { TILE = 16384, HALF_TILE = 8192, PRODUCERS = 128 };
 
@@ -304,11 +155,11 @@ template <int N, bool F8, int W> static __device__ __forceinline__ void produce(
         if (row_scales) copy4(s + lane * 4, row_scales + block, 4);
         if (lane < 2) copy4(s + (N + lane) * 4, scales + block, 4);
       }
-      asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full + stage * 8) : "memory"); // when this lane's copies have landed
+      barrier_arrive_after_copies(full + stage * 8);
       if ((stage += TEAMS) >= S::STAGES) { stage -= S::STAGES; phase ^= 1; }
     }
   }
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  copies_landed();
 }
 
 template <int N, bool F8, int W> static __device__ __forceinline__ void store(const GemmArgs& a, const Task& task, float* y) {
@@ -325,7 +176,7 @@ template <int N, bool F8, int W> static __device__ __forceinline__ void store(co
       float low = y[4 * j + q], high = y[4 * j + 2 + q];
       i64 row = task.first + at;
       if (a.y_mode == Y_SWIGLU) {
-        ((u16*)a.y)[task.group * a.y_group + row * a.y_row + column] = (u16)bf16x2(swiglu(low, high), 0.f);
+        ((u16*)a.y)[task.group * a.y_group + row * a.y_row + column] = (u16)bf16x2(__fmul_rn(silu(low), high), 0.f);
       } else if (a.y_mode == Y_F32) {
         *(float2*)((float*)a.y + task.group * a.y_group + row * a.y_row + column) = make_float2(low, high);
       } else {
@@ -357,18 +208,18 @@ template <int N, bool F8, int W> static __device__ __forceinline__ void consume(
     int previous = -1;
     for (int block = 0; block < blocks; block++) {
       barrier_wait(full + stage * 8, phase, a.error);
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // rows came through the generic proxy, wgmma reads through the other
+      fence_shared();  // rows came through the generic proxy, wgmma reads through the other
       u64 wd = operand(base + stage * S::STAGE + warpgroup * 8192), xd = operand(base + stage * S::STAGE + S::WEIGHTS);
       if (F8) {
         float part[N / 2];
         hold<N / 2>(part);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < 4; i++) Mma<N, F8>::issue(part, wd + i * 2, xd + i * 2, i);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        for (int i = 0; i < 4; i++) Wgmma<N>::e4m3(part, wd + i * 2, xd + i * 2, i);
+        wgmma_commit();
         const float* scales = (const float*)(memory + S::AT_SCALES) + stage * S::SCALES;
         float s0 = scales[N], s1 = scales[N + 1];
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        wgmma_wait<0>();
         hold<N / 2>(part);
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {
@@ -382,17 +233,18 @@ template <int N, bool F8, int W> static __device__ __forceinline__ void consume(
         if (lane == 0) barrier_arrive(empty + stage * 8);
       } else { // one block stays in flight while the next one's operands arrive
         hold<N / 2>(sum);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < 4; i++) Mma<N, F8>::issue(sum, wd + i * 2, xd + i * 2, 1);
-        asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
+        for (int i = 0; i < 4; i++) Wgmma<N>::bf16(sum, wd + i * 2, xd + i * 2, 1);
+        wgmma_commit();
+        wgmma_wait<1>();
         if (previous >= 0 && lane == 0) barrier_arrive(empty + previous * 8);
         previous = stage;
       }
       if (++stage == S::STAGES) { stage = 0; phase ^= 1; }
     }
     if (!F8) {
-      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      wgmma_wait<0>();
       hold<N / 2>(sum);
       if (previous >= 0 && lane == 0) barrier_arrive(empty + previous * 8);
     }
@@ -413,7 +265,7 @@ template <int N, bool F8, int W> static __device__ __forceinline__ void gemm(con
       barrier_init(base + S::AT_BARRIERS + i * 8, S::TEAM * 32 + 1);  // the team's copies, and the weights' bytes
       barrier_init(base + S::AT_BARRIERS + (S::STAGES + i) * 8, W * 4);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::);
+    barriers_made();
   }
   if (threadIdx.x < 32) { // row tiles before each group
     int total = 0;

@@ -12,83 +12,7 @@
 // Block: 64 heads of a piece; two consumer warpgroups that own even and odd key blocks for scores and softmax, and half of the columns each for
 // the values (probabilities and references pass through shared memory); one producer warp copies sub-tiles of pages in bulk.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-
-enum { ERROR_WAIT = 1 };
-static __device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-static __device__ __forceinline__ void barrier_init(u32 b, int n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b), "r"(n)); }
-static __device__ __forceinline__ void barrier_expect(u32 b, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory"); }
-static __device__ __forceinline__ void barrier_arrive(u32 b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(b) : "memory"); }
-static __device__ __forceinline__ bool barrier_try(u32 b, int phase) {
-  u32 done;
-  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(done) : "r"(b), "r"(phase) : "memory");
-  return done;
-}
-static __device__ __forceinline__ u64 now() { u64 t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }
-// Waits at most 4 s (a stage takes microseconds; tools that slow the device a thousandfold still fit) and gives up at once where another
-// thread gave up before: a defect ends in a flag that the host reads, never in a device that hangs.
-static __device__ __forceinline__ void barrier_wait(u32 b, int phase, int* error) {
-  if (barrier_try(b, phase)) return;
-  u64 start = now();
-  while (!barrier_try(b, phase)) {
-    if (now() - start > 4000000000ull) atomicExch(error, ERROR_WAIT);
-    if (*(volatile int*)error) return;
-  }
-}
-static __device__ __forceinline__ void bulk_copy(u32 dst, const void* src, int bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes), "r"(barrier) : "memory");
-}
-static __device__ __forceinline__ u32 bf16x2(float low, float high) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
-// K-major operand of 128-byte rows, 128-byte swizzle: groups of eight rows lie 1,024 bytes apart.
-static __device__ __forceinline__ u64 operand(u32 a) { return (u64)((a & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62; }
-// The same sub-tiles read transposed (values): groups of 64 columns lie 8,192 bytes apart, groups of eight keys 1,024.
-static __device__ __forceinline__ u64 operand_transposed(u32 a) { return (u64)((a & 0x3FFFF) >> 4) | (u64)512 << 16 | (u64)64 << 32 | (u64)1 << 62; }
-static __device__ __forceinline__ float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-template <int COUNT> static __device__ __forceinline__ void hold(float* c) {
-#pragma unroll
-  for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(c[i])::"memory");
-}
-#define WGMMA_FENCE asm volatile("wgmma.fence.sync.aligned;" ::: "memory")
-#define WGMMA_COMMIT asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")
-#define WGMMA_WAIT(n) asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory")
-
-static __device__ __forceinline__ void scores_mma(float* c, u64 a, u64 b, int keep) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n}"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
-      : "l"(a), "l"(b), "r"(keep));
-}
-static __device__ __forceinline__ void own_mma64(float* c, const u32* a, u64 b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-static __device__ __forceinline__ void own_mma256(float* c, const u32* a, u64 b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]), "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]), "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]), "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]), "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63]), "+f"(c[64]), "+f"(c[65]), "+f"(c[66]), "+f"(c[67]), "+f"(c[68]), "+f"(c[69]), "+f"(c[70]), "+f"(c[71]), "+f"(c[72]), "+f"(c[73]), "+f"(c[74]), "+f"(c[75]), "+f"(c[76]), "+f"(c[77]), "+f"(c[78]), "+f"(c[79]), "+f"(c[80]), "+f"(c[81]), "+f"(c[82]), "+f"(c[83]), "+f"(c[84]), "+f"(c[85]), "+f"(c[86]), "+f"(c[87]), "+f"(c[88]), "+f"(c[89]), "+f"(c[90]), "+f"(c[91]), "+f"(c[92]), "+f"(c[93]), "+f"(c[94]), "+f"(c[95]), "+f"(c[96]), "+f"(c[97]), "+f"(c[98]), "+f"(c[99]), "+f"(c[100]), "+f"(c[101]), "+f"(c[102]), "+f"(c[103]), "+f"(c[104]), "+f"(c[105]), "+f"(c[106]), "+f"(c[107]), "+f"(c[108]), "+f"(c[109]), "+f"(c[110]), "+f"(c[111]), "+f"(c[112]), "+f"(c[113]), "+f"(c[114]), "+f"(c[115]), "+f"(c[116]), "+f"(c[117]), "+f"(c[118]), "+f"(c[119]), "+f"(c[120]), "+f"(c[121]), "+f"(c[122]), "+f"(c[123]), "+f"(c[124]), "+f"(c[125]), "+f"(c[126]), "+f"(c[127])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-static __device__ __forceinline__ void other_mma64(float* c, u64 a, u64 b, int keep) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 1;\n}"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
-      : "l"(a), "l"(b), "r"(keep));
-}
-static __device__ __forceinline__ void other_mma256(float* c, u64 a, u64 b, int keep) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p, 1, 1, 0, 1;\n}"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]), "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]), "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]), "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]), "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63]), "+f"(c[64]), "+f"(c[65]), "+f"(c[66]), "+f"(c[67]), "+f"(c[68]), "+f"(c[69]), "+f"(c[70]), "+f"(c[71]), "+f"(c[72]), "+f"(c[73]), "+f"(c[74]), "+f"(c[75]), "+f"(c[76]), "+f"(c[77]), "+f"(c[78]), "+f"(c[79]), "+f"(c[80]), "+f"(c[81]), "+f"(c[82]), "+f"(c[83]), "+f"(c[84]), "+f"(c[85]), "+f"(c[86]), "+f"(c[87]), "+f"(c[88]), "+f"(c[89]), "+f"(c[90]), "+f"(c[91]), "+f"(c[92]), "+f"(c[93]), "+f"(c[94]), "+f"(c[95]), "+f"(c[96]), "+f"(c[97]), "+f"(c[98]), "+f"(c[99]), "+f"(c[100]), "+f"(c[101]), "+f"(c[102]), "+f"(c[103]), "+f"(c[104]), "+f"(c[105]), "+f"(c[106]), "+f"(c[107]), "+f"(c[108]), "+f"(c[109]), "+f"(c[110]), "+f"(c[111]), "+f"(c[112]), "+f"(c[113]), "+f"(c[114]), "+f"(c[115]), "+f"(c[116]), "+f"(c[117]), "+f"(c[118]), "+f"(c[119]), "+f"(c[120]), "+f"(c[121]), "+f"(c[122]), "+f"(c[123]), "+f"(c[124]), "+f"(c[125]), "+f"(c[126]), "+f"(c[127])
-      : "l"(a), "l"(b), "r"(keep));
-}
+#include "hopper.cuh"
 
 struct DecodeArgs {
   const u8* q;          // query tiles [rows][halves][kv_lora / 64 + 1][8192], halves = ceil(heads / 64)
@@ -160,7 +84,6 @@ static __device__ __forceinline__ float2 floats_of(u32 v) {
   asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(r.x), "=f"(r.y) : "r"(v));
   return r;
 }
-static __device__ __forceinline__ float log2_fast(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 
 enum { SUB_TILE = 8192, THREADS = 384 };
 
@@ -217,10 +140,10 @@ template <int NL, int WG> static __device__ __forceinline__ void consume(const D
     rescale(shared_m[r0], shared_m[r0 + 8]);
     u64 vd = operand_transposed(base + S::AT_KEYS + (st * S::SUBS + WG * HALF) * SUB_TILE);
     hold<S::O>(o);
-    WGMMA_FENCE;
+    wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4; i++) { if (NL == 8) other_mma256(o, pd + i * 2, vd + i * 128, 1); else other_mma64(o, pd + i * 2, vd + i * 128, 1); }
-    WGMMA_COMMIT;
+    for (int i = 0; i < 4; i++) { Wgmma<NL * 32>::bf16_transposed(o, pd + i * 2, vd + i * 128, 1); }
+    wgmma_commit();
   };
   auto step = [&](auto previous, int keys_left, bool last_use_of_q) { // one of this warpgroup's blocks
     constexpr bool prev = decltype(previous)::value;
@@ -228,27 +151,27 @@ template <int NL, int WG> static __device__ __forceinline__ void consume(const D
     auto scores = [&](auto lower) {
       constexpr bool low = decltype(lower)::value;
       hold<32>(s);
-      WGMMA_FENCE;
+      wgmma_fence();
 #pragma unroll
       for (int g = low ? 0 : SPLIT; g < (low ? SPLIT : S::SUBS); g++) {
         const int t = g == 0 ? NL : ((g - 1) ^ (WG * HALF));
         barrier_wait(full(st, t), key_phase, a.error);
         u64 kd = operand(keys + t * SUB_TILE), qt = qd + t * (SUB_TILE / 16);
 #pragma unroll
-        for (int i = 0; i < 4; i++) scores_mma(s, qt + i * 2, kd + i * 2, g | i);
+        for (int i = 0; i < 4; i++) Wgmma<64>::bf16(s, qt + i * 2, kd + i * 2, g | i);
       }
-      WGMMA_COMMIT;
+      wgmma_commit();
     };
     scores(Bool<true>()); // rope and the half whose groups this warpgroup releases itself
     if constexpr (prev) {
       other();
-      WGMMA_WAIT(0);
+      wgmma_wait<0>();
       hold<S::O>(o);
       release_own(st ^ 1);
       release(st, S::GROUPS);
     }
     scores(Bool<false>());
-    WGMMA_WAIT(0);
+    wgmma_wait<0>();
     hold<32>(s);
     if constexpr (!prev) release(st, S::GROUPS);
     if (last_use_of_q) { __syncwarp(); if (lane == 0) barrier_arrive(bars + S::Q_EMPTY * 8); }
@@ -291,18 +214,18 @@ template <int NL, int WG> static __device__ __forceinline__ void consume(const D
     for (int i = 0; i < 4; i++)
       asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(p_row + (((2 * i + p_chunk) ^ p_xor) << 4)), "r"(p[4 * i]), "r"(p[4 * i + 1]), "r"(p[4 * i + 2]), "r"(p[4 * i + 3]) : "memory");
     if ((lane & 3) == 0) { shared_m[r0] = n0; shared_m[r0 + 8] = n1; }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    fence_shared();
     barrier_arrive(bars + (S::READY + st) * 8);
     rescale(n0, n1);
     u64 vd = operand_transposed(keys + WG * HALF * SUB_TILE);
     hold<S::O>(o);
 #pragma unroll
     for (int i = 0; i < 16; i++) asm volatile("" : "+r"(p[i])::"memory");
-    WGMMA_FENCE;
+    wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4; i++) { if (NL == 8) own_mma256(o, p + 4 * i, vd + i * 128); else own_mma64(o, p + 4 * i, vd + i * 128); }
-    WGMMA_COMMIT;
-    WGMMA_WAIT(0);
+    for (int i = 0; i < 4; i++) { Wgmma<NL * 32>::bf16_from_registers(o, p + 4 * i, vd + i * 128); }
+    wgmma_commit();
+    wgmma_wait<0>();
     hold<S::O>(o);
     release_own(st);
   };
@@ -326,7 +249,7 @@ template <int NL, int WG> static __device__ __forceinline__ void consume(const D
     if (blocks == 1 && WG == 1 && q_ends) { __syncwarp(); if (lane == 0) barrier_arrive(bars + S::Q_EMPTY * 8); }
     if (((blocks - 1) & 1) != WG) {
       other();
-      WGMMA_WAIT(0);
+      wgmma_wait<0>();
       hold<S::O>(o);
       release_own(WG ^ 1);
     }
@@ -457,7 +380,7 @@ template <int NL> static __device__ __forceinline__ void decode(const DecodeArgs
     barrier_init(bars + S::Q_FULL * 8, 1);
     barrier_init(bars + S::Q_EMPTY * 8, 8);
     barrier_init(bars + S::SUMS * 8, 256);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::);
+    barriers_made();
   }
   __syncthreads();
   i64 count = *a.work_count;

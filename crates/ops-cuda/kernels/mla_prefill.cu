@@ -10,70 +10,7 @@
 // Block: three consumer warpgroups of 64 query rows, one producer. A score product of the next block runs while a block's probabilities
 // multiply the values.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-
-enum { ERROR_WAIT = 1 };
-
-static __device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-static __device__ __forceinline__ void barrier_init(u32 b, int n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b), "r"(n)); }
-static __device__ __forceinline__ void barrier_expect(u32 b, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory"); }
-static __device__ __forceinline__ void barrier_arrive(u32 b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(b) : "memory"); }
-static __device__ __forceinline__ bool barrier_try(u32 b, int phase) {
-  u32 done;
-  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(done) : "r"(b), "r"(phase) : "memory");
-  return done;
-}
-static __device__ __forceinline__ u64 now() { u64 t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }
-// Waits at most 4 s (a stage takes microseconds; tools that slow the device a thousandfold still fit) and gives up at once where another
-// thread gave up before: a defect ends in a flag that the host reads, never in a device that hangs.
-static __device__ __forceinline__ void barrier_wait(u32 b, int phase, int* error) {
-  if (barrier_try(b, phase)) return;
-  u64 start = now();
-  while (!barrier_try(b, phase)) {
-    if (now() - start > 4000000000ull) atomicExch(error, ERROR_WAIT);
-    if (*(volatile int*)error) return;
-  }
-}
-static __device__ __forceinline__ void bulk_copy(u32 dst, const void* src, int bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes), "r"(barrier) : "memory");
-}
-static __device__ __forceinline__ u32 bf16x2(float low, float high) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
-// K-major operand of 128-byte rows, 128-byte swizzle: groups of eight rows lie 1,024 bytes apart.
-static __device__ __forceinline__ u64 operand(u32 a) { return (u64)((a & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62; }
-// The same sub-tiles read transposed (values): groups of 64 columns lie 8,192 bytes apart, groups of eight keys 1,024.
-static __device__ __forceinline__ u64 operand_transposed(u32 a) { return (u64)((a & 0x3FFFF) >> 4) | (u64)512 << 16 | (u64)64 << 32 | (u64)1 << 62; }
-static __device__ __forceinline__ float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-template <int COUNT> static __device__ __forceinline__ void hold(float* c) {
-#pragma unroll
-  for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(c[i])::"memory");
-}
-#define WGMMA_FENCE asm volatile("wgmma.fence.sync.aligned;" ::: "memory")
-#define WGMMA_COMMIT asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")
-#define WGMMA_WAIT(n) asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory")
-
-static __device__ __forceinline__ void scores_mma(float* c, u64 a, u64 b, int keep) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n}"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
-      : "l"(a), "l"(b), "r"(keep));
-}
-static __device__ __forceinline__ void values_mma64(float* c, const u32* a, u64 b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-static __device__ __forceinline__ void values_mma128(float* c, const u32* a, u64 b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]), "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]), "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]), "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]), "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
+#include "hopper.cuh"
 
 struct PrefillArgs {
   const u16* q;       // first row of the segment: [rows][heads x (nope + rope)], rotated
@@ -103,10 +40,6 @@ template <int NS> struct Shape { // NS = nope / 64 = v / 64
   static_assert(BYTES <= 232448, "shared memory of a block");
 };
 
-template <int NS> static __device__ __forceinline__ void values_mma(float* o, const u32* p, u64 v) {
-  if (NS == 1) values_mma64(o, p, v); else values_mma128(o, p, v);
-}
-
 template <int NS> static __device__ __forceinline__ void consume(const PrefillArgs& a, u8* memory, u32 base, int first_row, int blocks, int head) {
   typedef Shape<NS> S;
   int warpgroup = threadIdx.x >> 7, thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31;
@@ -120,7 +53,7 @@ template <int NS> static __device__ __forceinline__ void consume(const PrefillAr
     if (row0 + r < a.rows && column < width) v = *(const uint4*)(a.q + (i64)(row0 + r) * a.q_row + (i64)(a.head0 + head) * width + column);
     *(uint4*)(memory + warpgroup * S::QUERY + (c >> 3) * SUB_TILE + r * 128 + (((c & 7) ^ (r & 7)) << 4)) = v;
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  fence_shared();
   asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
   const u64 qd = operand(query);
   int r0 = warp * 16 + (lane >> 2);
@@ -138,12 +71,12 @@ template <int NS> static __device__ __forceinline__ void consume(const PrefillAr
   auto scores = [&](int st) {
     u64 kd = operand(base + S::AT_KEYS + st * S::KEYS);
     hold<32>(s);
-    WGMMA_FENCE;
+    wgmma_fence();
 #pragma unroll
     for (int t = 0; t < NS + 1; t++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) scores_mma(s, qd + t * (SUB_TILE / 16) + i * 2, kd + t * (SUB_TILE / 16) + i * 2, t | i);
-    WGMMA_COMMIT;
+      for (int i = 0; i < 4; i++) Wgmma<64>::bf16(s, qd + t * (SUB_TILE / 16) + i * 2, kd + t * (SUB_TILE / 16) + i * 2, t | i);
+    wgmma_commit();
   };
   float f0, f1;
   auto softmax = [&](int block) { // s -> p, l, new references; f0, f1 rescale o
@@ -187,17 +120,17 @@ template <int NS> static __device__ __forceinline__ void consume(const PrefillAr
     hold<NS * 32>(o);
 #pragma unroll
     for (int i = 0; i < 16; i++) asm volatile("" : "+r"(p[i])::"memory");
-    WGMMA_FENCE;
+    wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4; i++) values_mma<NS>(o, p + 4 * i, vd + i * 128);
-    WGMMA_COMMIT;
+    for (int i = 0; i < 4; i++) Wgmma<NS * 64>::bf16_from_registers(o, p + 4 * i, vd + i * 128);
+    wgmma_commit();
   };
   auto next = [&](int& st, int& ph) { if (++st == STAGES) { st = 0; ph ^= 1; } };
 
   if (mine > 0) {
     barrier_wait(k_full + stage * 8, phase, a.error);
     scores(stage);
-    WGMMA_WAIT(0);
+    wgmma_wait<0>();
     hold<32>(s);
     if (lane == 0) barrier_arrive(k_empty + stage * 8);
     next(stage, phase);
@@ -209,12 +142,12 @@ template <int NS> static __device__ __forceinline__ void consume(const PrefillAr
       scores(stage);
       barrier_wait(v_full + v_stage * 8, v_phase, a.error);
       values();
-      WGMMA_WAIT(1);
+      wgmma_wait<1>();
       hold<32>(s);
       if (lane == 0) barrier_arrive(k_empty + stage * 8);
       next(stage, phase);
       softmax(block);
-      WGMMA_WAIT(0);
+      wgmma_wait<0>();
       hold<NS * 32>(o);
       if (lane == 0) barrier_arrive(v_empty + v_stage * 8);
       next(v_stage, v_phase);
@@ -223,7 +156,7 @@ template <int NS> static __device__ __forceinline__ void consume(const PrefillAr
     }
     barrier_wait(v_full + v_stage * 8, v_phase, a.error);
     values();
-    WGMMA_WAIT(0);
+    wgmma_wait<0>();
     hold<NS * 32>(o);
     if (lane == 0) barrier_arrive(v_empty + v_stage * 8);
     next(v_stage, v_phase);
@@ -276,7 +209,7 @@ template <int NS> static __device__ __forceinline__ void prefill(const PrefillAr
       barrier_init(base + S::AT_BARRIERS + (2 * STAGES + i) * 8, 1);
       barrier_init(base + S::AT_BARRIERS + (3 * STAGES + i) * 8, WARPGROUPS * 4);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::);
+    barriers_made();
   }
   __syncthreads();
   int first_row = (gridDim.x - 1 - blockIdx.x) * (WARPGROUPS * 64), head = blockIdx.y;

@@ -9,15 +9,17 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
+typedef long long i64;
 
-// Elements along a reduction that share one scale, and the length of a block sum (cadre_numerics::BLOCK).
-#define BLOCK 128
-// Lanes of the 16-lane order (cadre_numerics::reduce::LANES).
-#define LANES 16
-// Keys of one softmax block, and tokens of a cache page.
-#define KEYS 64
-
-#define FULL_WARP 0xffffffffu
+enum : u32 {
+    // Elements along a reduction that share one scale, and the length of a block sum (cadre_numerics::BLOCK).
+    BLOCK = 128,
+    // Lanes of the 16-lane order (cadre_numerics::reduce::LANES).
+    LANES = 16,
+    // Keys of one softmax block, and tokens of a cache page.
+    KEYS = 64,
+    FULL_WARP = 0xffffffffu,
+};
 
 __device__ __forceinline__ float f32_of(u32 bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ u32 bits_of(float value) { return __float_as_uint(value); }
@@ -67,9 +69,6 @@ __device__ __forceinline__ u8 e4m3_encode(float value) {
 
 // exp::{exp, sigmoid, silu}
 __device__ __forceinline__ float exp_f32(float x) {
-    if (is_nan(x)) return x;
-    if (x < -87.0f) return 0.0f;
-    if (x > 88.0f) return infinity();
     const float magic = 12582912.0f;
     float n = (x * f32_of(0x3fb8aa3bu) + magic) - magic;
     float r = fmaf(n, -f32_of(0x3f317218u), x);
@@ -82,7 +81,9 @@ __device__ __forceinline__ float exp_f32(float x) {
     p = fmaf(p, r, 0.5f);
     p = fmaf(p, r, 1.0f);
     p = fmaf(p, r, 1.0f);
-    return f32_of(bits_of(p) + ((u32)(int)n << 23));
+    float y = f32_of(bits_of(p) + ((u32)(int)n << 23));
+    // Beyond its range y is no number of ours; chosen last, so that no thread branches.
+    return is_nan(x) ? x : x < -87.0f ? 0.0f : x > 88.0f ? infinity() : y;
 }
 __device__ __forceinline__ float sigmoid(float x) { return __fdiv_rn(1.0f, 1.0f + exp_f32(-x)); }
 __device__ __forceinline__ float silu(float x) { return __fdiv_rn(x, 1.0f + exp_f32(-x)); }

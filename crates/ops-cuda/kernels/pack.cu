@@ -5,10 +5,7 @@
 // Row r of a tile holds matrix row 16 (r / 16) + 2 (r % 8) + (r % 16) / 8: a thread of wgmma's result then owns two neighbours. In a gate + up
 // tile rows with r % 16 < 8 are gate's, the others up's, of column 64 tile + 8 (r / 16) + r % 8.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
+#include "numerics.cuh"
 
 enum { TILE = 16384 };
 

@@ -2,10 +2,7 @@
 // code = e4m3(x / s), IEEE divisions, nearest even, saturating. One warp a block of 128; bits depend on the block's values alone.
 // pow2: the scale is rounded up to a power of two (checkpoints whose scale_fmt is ue8m0).
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
+#include "numerics.cuh"
 
 static __device__ __forceinline__ u32 e4m3x2(float low, float high) {
   u16 r;
@@ -36,11 +33,7 @@ template <bool BF16> static __device__ __forceinline__ void quantise(const void*
     float amax = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
 #pragma unroll
     for (int d = 16; d > 0; d >>= 1) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-    float s = __fdiv_rn(fmaxf(amax, 1e-4f), 448.f);
-    if (pow2) {
-      u32 bits = __float_as_uint(s);
-      s = __uint_as_float((bits & 0x7f800000u) + ((bits & 0x7fffffu) ? 0x800000u : 0u));
-    }
+    float s = quant_scale(amax, pow2);
     if (lane == 0) scales[i] = s;
     if (column + 4 <= cols)
       *(u32*)(codes + row * cols + column) = e4m3x2(__fdiv_rn(v[0], s), __fdiv_rn(v[1], s)) | e4m3x2(__fdiv_rn(v[2], s), __fdiv_rn(v[3], s)) << 16;

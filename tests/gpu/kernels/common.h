@@ -17,6 +17,9 @@
 #include <string>
 #include <vector>
 
+// Before the kernels, which the tests include in namespaces of their own.
+#include "../../../crates/ops-cuda/kernels/hopper.cuh"
+
 #define CK(x)                                                                    \
   do {                                                                           \
     cudaError_t e_ = (x);                                                        \

@@ -298,7 +298,7 @@ static void errors() {
     return e;
   };
   int none = code({3, 4}, 0, 128, 0), wait = code({3, 4}, 2, 128, 1), rows = code({65, 4}, 0, 128, 0), shape = code({3, 4}, 0, 96, 0), again = code({3, 4}, 0, 128, 0);
-  expect(none == 0 && wait == kernels_block::ERROR_WAIT && rows == kernels_block::ERROR_ROWS && shape == kernels_block::ERROR_SHAPE && again == 0, "errors of the block: fit %d, h never complete %d, 65 rows %d, inner width of 96 %d, fit again %d", none, wait, rows, shape, again);
+  expect(none == 0 && wait == ERROR_WAIT && rows == ERROR_ROWS && shape == ERROR_SHAPE && again == 0, "errors of the block: fit %d, h never complete %d, 65 rows %d, inner width of 96 %d, fit again %d", none, wait, rows, shape, again);
 }
 
 static void times() {
