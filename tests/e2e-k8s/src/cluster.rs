@@ -64,6 +64,16 @@ impl Cluster {
         self.scripts.as_ref()
     }
 
+    /// Where kubectl is.
+    pub fn kubectl_program(&self) -> &Path {
+        &self.kubectl
+    }
+
+    /// Where helm is.
+    pub fn helm_program(&self) -> &Path {
+        &self.helm
+    }
+
     /// KEDA's definition of its ScaledObject, for a cluster that may be taught it.
     pub fn keda(&self) -> Option<&Path> {
         self.keda.as_deref()

@@ -15,6 +15,7 @@
 pub mod binary;
 pub mod checkpoints;
 pub mod cluster;
+pub mod document;
 pub mod golden;
 pub mod grpc;
 pub mod http;
