@@ -99,7 +99,16 @@ struct Expert {
     health: tonic_health::server::HealthReporter,
     metrics: ExpertMetrics,
     server: GrpcServer,
-    admin: JoinHandle<()>,
+    _admin: AbortOnDrop,
+}
+
+/// A task that ends with its owner.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// A shard to be, but for its backend.
@@ -175,6 +184,17 @@ impl Expert {
         let index = options.shard;
         let (grpc, grpc_address) = bind(options.listen, "listen").await?;
         let (admin_listener, admin_address) = bind(options.admin, "admin").await?;
+        // Before anything that takes time: health is asked from the first second on.
+        let metrics = Metrics::new();
+        let expert_metrics = ExpertMetrics::register(&metrics)?;
+        let readiness = Readiness::new(&[
+            (PLACEMENT, "none received from the coordinator yet"),
+            (WEIGHTS, "not loaded yet"),
+            (STEP, "no step done yet"),
+            (SERVING, "starting"),
+        ]);
+        let serving_admin = admin::serve(admin_listener, metrics, readiness.clone(), axum::Router::new());
+        let admin = AbortOnDrop(tokio::spawn(serving_admin));
         let address = advertised(options.advertise.as_deref(), options.pod_ip, grpc_address)
             .map_err(OptionsError::from)?
             .to_string();
@@ -200,14 +220,6 @@ impl Expert {
             let _ = bound.send(BoundAddresses { grpc: grpc_address, admin: admin_address });
         }
 
-        let metrics = Metrics::new();
-        let expert_metrics = ExpertMetrics::register(&metrics)?;
-        let readiness = Readiness::new(&[
-            (PLACEMENT, "none received from the coordinator yet"),
-            (WEIGHTS, "not loaded yet"),
-            (STEP, "no step done yet"),
-            (SERVING, "starting"),
-        ]);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing).await;
         let services = Routes::new(health_service).add_service(InterceptedService::new(
@@ -215,14 +227,22 @@ impl Expert {
             Admit::new(options.secret.clone()),
         ));
         let server = GrpcServer::start(io, services, grpc, shard.clone())?;
-        let serving_admin = admin::serve(admin_listener, metrics, readiness.clone(), axum::Router::new());
-        let admin = tokio::spawn(serving_admin);
         let membership = join(&options, address.clone(), weights, &shard)?;
+        readiness.started();
         tracing::info!(
             shard = index.0, address, admin = %admin_address, model = %weights.model,
             numerics = %weights.numerics, "expert shard started"
         );
-        Ok(Self { index, shard, membership, readiness, health, metrics: expert_metrics, server, admin })
+        Ok(Self {
+            index,
+            shard,
+            membership,
+            readiness,
+            health,
+            metrics: expert_metrics,
+            server,
+            _admin: admin,
+        })
     }
 
     /// Follows placements and serves. Returns only with what ended it.
@@ -415,7 +435,6 @@ impl Expert {
         }
         self.membership.leave().await;
         self.server.stop().await;
-        self.admin.abort();
         tracing::info!(shard = self.index.0, "expert shard stopped");
     }
 
@@ -501,7 +520,7 @@ fn layer_digests(digests: BTreeMap<ExpertKey, u64>) -> Vec<v1::LayerDigests> {
 
 async fn bind(address: SocketAddr, option: &str) -> Result<(TcpListener, SocketAddr)> {
     let listener =
-        TcpListener::bind(address).await.with_context(|| format!("{option}: cannot bind {address}"))?;
+        cadre_net::bind(address).await.with_context(|| format!("{option}: cannot bind {address}"))?;
     let bound = listener.local_addr().with_context(|| format!("{option}: {address}"))?;
     Ok((listener, bound))
 }

@@ -11,15 +11,17 @@
 //! - what has come of a request that is not complete: a budget of bytes per port and a time ([`intake`]);
 //! - an accept that fails for want of descriptors is tried again after a pause that grows ([`server`]).
 //!
-//! Read [`serve`] first.
+//! Read [`serve`] first. [`bind`] makes its listener.
 
 mod connection;
 pub mod descriptors;
 pub mod intake;
+mod listen;
 mod options;
 mod own_errors;
 pub mod server;
 
 pub use intake::{IntakeError, IntakeFault, IntakeOptions};
+pub use listen::bind;
 pub use options::{Http2Options, OwnError, Protocol, ServerOptions};
 pub use server::serve;

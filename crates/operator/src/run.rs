@@ -12,7 +12,7 @@ use std::{future::Future, net::SocketAddr, num::NonZeroUsize, sync::Arc, time::D
 use cadre_telemetry::{Metrics, Readiness, admin, axum};
 use futures::FutureExt;
 use serde::Serialize;
-use tokio::{net::TcpListener, sync::oneshot};
+use tokio::sync::oneshot;
 
 use self::{
     client::{ApiLayer, Pressure},
@@ -111,7 +111,7 @@ pub async fn run(
 ) -> Result<(), OperatorError> {
     let address = options.admin;
     let bind = |source| OperatorError::Bind { address, source };
-    let listener = TcpListener::bind(address).await.map_err(bind)?;
+    let listener = cadre_net::bind(address).await.map_err(bind)?;
     let admin = listener.local_addr().map_err(bind)?;
     tracing::info!(%admin, "listening");
     if let Some(bound) = options.bound.take() {
@@ -121,6 +121,7 @@ pub async fn run(
     let metrics = Metrics::new();
     let readiness = Readiness::new(&[(CACHES, "nothing is listed yet")]);
     let handles = OperatorMetrics::register(&metrics)?;
+    readiness.started();
     let clients = Clients::infer(&handles).await?;
     let operator = Operator::new(options, Arc::new(crate::plan::plan), clients, handles, readiness.clone());
     tokio::select! {

@@ -1,11 +1,19 @@
 //! Start, serve, drain: binds the four listeners, starts the coordinator's owner and the servers, and takes
 //! them down in order.
 //!
+//! The admin port is served before anything is read, so that health is asked from the first second on; the process has
+//! started when the checkpoint is read and the front doors are open.
+//!
 //! Shutdown: readiness goes first (a load balancer looks away), then new requests are refused and the
 //! listeners close, then requests in flight get `drain_timeout`, and the coordinator and admin servers go
 //! last, because members and probes still need them while requests run.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use axum::{
     Json, Router,
@@ -87,7 +95,7 @@ impl Listeners {
 }
 
 async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, RouterError> {
-    TcpListener::bind(address).await.map_err(|source| RouterError::Bind { what, address, source })
+    cadre_net::bind(address).await.map_err(|source| RouterError::Bind { what, address, source })
 }
 
 /// Runs a router until `shutdown` resolves and it has drained.
@@ -119,6 +127,14 @@ pub async fn serve(
     let RouterOptions { model_dir, served_model_name, numerics, .. } = &options;
     let (dir, name, numerics) = (model_dir.clone(), served_model_name.clone(), *numerics);
     let mut shutdown = std::pin::pin!(shutdown);
+    let Listeners { grpc, http, coordinator: coordinator_listener, admin } = listeners;
+    let metrics = Metrics::new();
+    let router_metrics = RouterMetrics::register(&metrics)?;
+    let readiness = ready::conditions();
+    let known = Known::default();
+    let admin_server = admin::serve(admin, metrics, readiness.clone(), admin_routes(known.clone()));
+    // Ends with this function, whichever way.
+    let background = Background(vec![tokio::spawn(admin_server)]);
     let loading = tokio::task::spawn_blocking(move || ServedModel::load(&dir, name, numerics));
     // Files may be on a disk that does not answer; the process is ended all the same.
     let loaded = tokio::select! {
@@ -139,9 +155,6 @@ pub async fn serve(
     let planner = Planner::new(&options, &model.config)?;
     // A layout that cannot be planned is refused here and not when the last shard has come.
     planner.plan(layout, &[], PlacementEpoch(1))?;
-    let metrics = Metrics::new();
-    let router_metrics = RouterMetrics::register(&metrics)?;
-    let readiness = ready::conditions();
     let (coordinator, owner) = Coordinator::spawn(CoordinatorOptions {
         generation: model.generation(),
         planner,
@@ -153,21 +166,31 @@ pub async fn serve(
         secret: options.secret.clone(),
         metrics: router_metrics.clone(),
     });
+    // Set once: this is the only coordinator of the process.
+    let _ = known.0.set(coordinator.clone());
     let admission = Admission::new(&options.limits, router_metrics.clone());
     let pool = WorkerPool::new(coordinator.workers(), options.limits.connect_timeout)
         .with_secret(options.secret.as_ref());
     let outage = Outage::default();
     let service = Service::new(model, admission.clone(), pool, router_metrics, options.limits.clone())
         .refusing_during(outage.clone());
-    let parts = Parts { service, coordinator, metrics, admission, readiness, outage, options };
-    parts.serve(listeners, owner, shutdown).await
+    let parts = Parts { service, coordinator, admission, readiness, outage, options };
+    let ended = parts.serve(Doors { grpc, http, coordinator: coordinator_listener }, owner, shutdown).await;
+    drop(background);
+    ended
+}
+
+/// The sockets that are served once the checkpoint is read.
+struct Doors {
+    grpc: TcpListener,
+    http: TcpListener,
+    coordinator: TcpListener,
 }
 
 /// Everything that is running.
 struct Parts {
     service: Service,
     coordinator: Coordinator,
-    metrics: Metrics,
     admission: Admission,
     readiness: Readiness,
     outage: Outage,
@@ -177,11 +200,11 @@ struct Parts {
 impl Parts {
     async fn serve(
         self,
-        listeners: Listeners,
+        listeners: Doors,
         owner: JoinHandle<()>,
         shutdown: impl Future<Output = ()> + Send,
     ) -> Result<(), RouterError> {
-        let Listeners { grpc, http, coordinator, admin } = listeners;
+        let Doors { grpc, http, coordinator } = listeners;
         let readiness = self.readiness.clone();
         let (health, health_service) = tonic_health::server::health_reporter();
         let follow = ready::follow(
@@ -196,7 +219,6 @@ impl Parts {
             owner,
             tokio::spawn(follow),
             tokio::spawn(follow_file),
-            tokio::spawn(admin::serve(admin, self.metrics.clone(), readiness.clone(), self.admin_routes())),
             tokio::spawn(self.coordinator_server(coordinator)),
         ]);
         let (stop, stopped) = watch::channel(false);
@@ -206,6 +228,7 @@ impl Parts {
         let http_routes = http::routes(self.service.clone(), readiness.clone());
         doors.spawn(http::serve(http, http_routes, self.service.clone(), told_to_stop(stopped)));
         readiness.met(ready::ACCEPTING);
+        readiness.started();
         ready::report_health(&readiness, &health).await;
 
         let ended = tokio::select! {
@@ -292,13 +315,14 @@ impl Parts {
         let routes = Routes::new(service).into_axum_router();
         cadre_net::serve(listener, routes, options, std::future::pending())
     }
+}
 
-    fn admin_routes(&self) -> Router {
-        Router::new()
-            .route("/expert-load", get(expert_load))
-            .route("/cluster", get(cluster))
-            .with_state(self.coordinator.clone())
-    }
+/// The coordinator once there is one. Clones share it.
+#[derive(Clone, Debug, Default)]
+struct Known(Arc<OnceLock<Coordinator>>);
+
+fn admin_routes(known: Known) -> Router {
+    Router::new().route("/expert-load", get(expert_load)).route("/cluster", get(cluster)).with_state(known)
 }
 
 async fn told_to_stop(mut stopped: watch::Receiver<bool>) {
@@ -348,7 +372,8 @@ impl Drop for Background {
 }
 
 /// The aggregated expert load, in the form that `--expert-load` takes.
-async fn expert_load(State(coordinator): State<Coordinator>) -> Response {
+async fn expert_load(State(known): State<Known>) -> Response {
+    let Some(coordinator) = known.0.get() else { return starting() };
     match coordinator.expert_load().await {
         Some(load) => Json(load).into_response(),
         None => gone(),
@@ -356,11 +381,16 @@ async fn expert_load(State(coordinator): State<Coordinator>) -> Response {
 }
 
 /// Members, placement and coverage.
-async fn cluster(State(coordinator): State<Coordinator>) -> Response {
+async fn cluster(State(known): State<Known>) -> Response {
+    let Some(coordinator) = known.0.get() else { return starting() };
     match coordinator.describe().await {
         Some(description) => Json(description).into_response(),
         None => gone(),
     }
+}
+
+fn starting() -> Response {
+    (StatusCode::SERVICE_UNAVAILABLE, "the router is starting\n").into_response()
 }
 
 fn gone() -> Response {

@@ -1,9 +1,10 @@
 //! The admin server of every role: `/metrics`, `/healthz`, `/readyz`, and what the role adds.
 //!
 //! `/healthz` says that the process is alive and answers; it never depends on a peer, so that losing
-//! one never makes Kubernetes restart another. `/readyz` is 200 only when every condition of
-//! [`Readiness`] holds, and otherwise lists what is missing. With `?hold=SECONDS` a process that was never ready
-//! answers only when it is, or after so long: a probe that waits for a start is not one that fails.
+//! one never makes Kubernetes restart another. It is answered from the first moment on; `/startedz` is 200 once the files are
+//! read and the servers listen, and 503 before. `/readyz` is 200 only when every condition of
+//! [`Readiness`] holds, and otherwise lists what is missing. With `?hold=SECONDS` a process that has not started, or was never
+//! ready, answers only when it has or is, or after so long: a probe that waits for a start is not one that fails.
 
 use std::{future::Future, time::Duration};
 
@@ -33,12 +34,13 @@ pub fn router(metrics: Metrics, readiness: Readiness, extra: Router) -> Router {
     Router::new()
         .route("/metrics", get(metrics_text))
         .route("/healthz", get(|| async { "ok\n" }))
+        .route("/startedz", get(startedz))
         .route("/readyz", get(readyz))
         .with_state(AdminState { metrics, readiness })
         .merge(extra)
 }
 
-/// Serves the admin routes until the future is dropped. `extra` must not repeat the three routes above
+/// Serves the admin routes until the future is dropped. `extra` must not repeat the four routes above
 /// (axum panics on that at start).
 pub fn serve(
     listener: TcpListener,
@@ -65,18 +67,30 @@ async fn metrics_text(State(state): State<AdminState>) -> Response {
 /// decides; an end, so that no connection stays for ever.
 const MAX_HOLD: Duration = Duration::from_secs(3600);
 
-/// How `/readyz` is asked.
+/// How `/startedz` and `/readyz` are asked.
 #[derive(Debug, Default, serde::Deserialize)]
 struct Asked {
-    /// Seconds to wait for the first readiness of this process.
+    /// Seconds to wait for the start, or for the first readiness, of this process.
     #[serde(default)]
     hold: u64,
 }
 
+async fn startedz(State(state): State<AdminState>, Query(asked): Query<Asked>) -> Response {
+    // Started in time or not: what is true now is said below.
+    let _ = tokio::time::timeout(hold(&asked), state.readiness.wait_started()).await;
+    match state.readiness.has_started() {
+        true => (StatusCode::OK, "started\n").into_response(),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "starting\n").into_response(),
+    }
+}
+
+fn hold(asked: &Asked) -> Duration {
+    Duration::from_secs(asked.hold).min(MAX_HOLD)
+}
+
 async fn readyz(State(state): State<AdminState>, Query(asked): Query<Asked>) -> Response {
-    let hold = Duration::from_secs(asked.hold).min(MAX_HOLD);
     // Ready in time or not: what holds now is said below.
-    let _ = tokio::time::timeout(hold, state.readiness.first()).await;
+    let _ = tokio::time::timeout(hold(&asked), state.readiness.first()).await;
     let missing = state.readiness.missing();
     let status = if missing.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let body = serde_json::json!({ "ready": missing.is_empty(), "missing": missing });
@@ -104,7 +118,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_three_routes_and_the_roles_own() {
+    async fn the_four_routes_and_the_roles_own() {
         let readiness = Readiness::new(&[("weights", "loading 3 of 9 bytes")]);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -112,6 +126,12 @@ mod tests {
         tokio::spawn(serve(listener, Metrics::new(), readiness.clone(), extra));
 
         assert_eq!(fetch(address, "/healthz").await, (200, "ok\n".into()));
+        assert_eq!(fetch(address, "/startedz").await, (503, "starting\n".into()));
+        let held = tokio::spawn(async move { fetch(address, "/startedz?hold=600").await.0 });
+        assert_eq!((fetch(address, "/startedz?hold=0").await.0, held.is_finished()), (503, false));
+        readiness.started();
+        assert_eq!(held.await.unwrap(), 200);
+        assert_eq!(fetch(address, "/startedz").await, (200, "started\n".into()));
         assert_eq!(fetch(address, "/expert-load").await, (200, "{}".into()));
         let (status, body) = fetch(address, "/readyz").await;
         assert_eq!(status, 503);

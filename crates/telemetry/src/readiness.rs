@@ -17,6 +17,8 @@ pub struct Readiness {
     conditions: Arc<watch::Sender<Conditions>>,
     /// Every condition has held at one time.
     was_ready: Arc<watch::Sender<bool>>,
+    /// What a start takes is done: files are read, servers listen.
+    has_started: Arc<watch::Sender<bool>>,
 }
 
 /// A condition that does not hold.
@@ -34,7 +36,8 @@ impl Readiness {
         let initial: Conditions =
             conditions.iter().map(|&(name, reason)| (name, Some(reason.to_owned()))).collect();
         let was_ready = Arc::new(watch::Sender::new(initial.is_empty()));
-        Self { conditions: Arc::new(watch::Sender::new(initial)), was_ready }
+        let has_started = Arc::new(watch::Sender::new(false));
+        Self { conditions: Arc::new(watch::Sender::new(initial)), was_ready, has_started }
     }
 
     /// The condition holds now. A name outside the set joins it.
@@ -84,6 +87,23 @@ impl Readiness {
     pub async fn first(&self) {
         // As above.
         let _ = self.was_ready.subscribe().wait_for(|was| *was).await;
+    }
+
+    /// The process has started: its files are read and its servers listen. What it waits for from now on (weights,
+    /// peers) is a condition.
+    pub fn started(&self) {
+        self.has_started.send_replace(true);
+    }
+
+    /// Whether it [has started](Self::started).
+    pub fn has_started(&self) -> bool {
+        *self.has_started.borrow()
+    }
+
+    /// Waits for [`started`](Self::started). The caller bounds the wait.
+    pub async fn wait_started(&self) {
+        // As above.
+        let _ = self.has_started.subscribe().wait_for(|has| *has).await;
     }
 
     fn update(&self, condition: &'static str, reason: Option<String>) {

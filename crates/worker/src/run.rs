@@ -107,6 +107,20 @@ impl Drop for AbortOnDrop {
 impl Worker {
     async fn start(mut options: WorkerOptions) -> Result<(Self, WorkerOptions)> {
         let role = Role::from(options.role);
+        // Before anything that takes time: health is asked from the first second on.
+        let (grpc, grpc_address) = bind(options.listen, "listen").await?;
+        let (admin_listener, admin_address) = bind(options.admin, "admin").await?;
+        let metrics = Metrics::new();
+        let readiness = Readiness::new(&[
+            (WEIGHTS, "not loaded yet"),
+            (PLACEMENT, "none received from the coordinator yet"),
+            (EXPERTS, "no shard reached yet"),
+            (STEP, "no step done yet"),
+            (SERVING, "starting"),
+        ]);
+        let admin_server =
+            admin::serve(admin_listener, metrics.clone(), readiness.clone(), axum::Router::new());
+        let background = vec![AbortOnDrop(tokio::spawn(admin_server))];
         let dir = options.model_dir.clone();
         let checkpoint = Arc::new(on_thread("cadre-open", move || Checkpoint::open(&dir)).await??);
         for warning in checkpoint.warnings().iter() {
@@ -123,8 +137,6 @@ impl Worker {
             options.kv_bytes,
             options.max_step_tokens,
         )?;
-        let (grpc, grpc_address) = bind(options.listen, "listen").await?;
-        let (admin_listener, admin_address) = bind(options.admin, "admin").await?;
         let address = advertised(options.advertise.as_deref(), options.pod_ip, grpc_address)
             .map_err(OptionsError::from)?
             .to_string();
@@ -133,15 +145,7 @@ impl Worker {
             let _ = bound.send(BoundAddresses { grpc: grpc_address, admin: admin_address });
         }
 
-        let metrics = Metrics::new();
         let worker_metrics = Arc::new(WorkerMetrics::register(&metrics)?);
-        let readiness = Readiness::new(&[
-            (WEIGHTS, "not loaded yet"),
-            (PLACEMENT, "none received from the coordinator yet"),
-            (EXPERTS, "no shard reached yet"),
-            (STEP, "no step done yet"),
-            (SERVING, "starting"),
-        ]);
         let service = WorkerService::new(ServiceOptions {
             generation,
             role,
@@ -156,13 +160,11 @@ impl Worker {
             // Resolves on the signal and when the worker is dropped.
             let _ = closed.await;
         }));
-        let admin_server =
-            admin::serve(admin_listener, metrics.clone(), readiness.clone(), axum::Router::new());
-        let background = vec![AbortOnDrop(tokio::spawn(admin_server))];
 
         let report = Arc::new(Report::default());
         let membership = join(&options, role, address.clone(), generation, &report, &worker_metrics)?;
         service.hand_off_to_members_of(membership.views());
+        readiness.started();
         tracing::info!(
             %role, address, admin = %admin_address, model = %generation.model, numerics = %generation.numerics,
             kv_pages = scheduler.pages, "worker started"
@@ -395,7 +397,7 @@ const SERVICE_NAME: &str = "cadre.v1.Worker";
 
 async fn bind(address: SocketAddr, option: &str) -> Result<(TcpListener, SocketAddr)> {
     let listener =
-        TcpListener::bind(address).await.with_context(|| format!("{option}: cannot bind {address}"))?;
+        cadre_net::bind(address).await.with_context(|| format!("{option}: cannot bind {address}"))?;
     let bound = listener.local_addr().with_context(|| format!("{option}: {address}"))?;
     Ok((listener, bound))
 }

@@ -77,9 +77,11 @@ fn write(namespace: &str, show: &dyn Fn(&[&str]) -> String) -> std::io::Result<P
     Ok(path)
 }
 
-/// `target/xtask`, found from the program that runs: `target/PROFILE/deps/NAME`.
+/// `target/xtask`, found from the program that runs: `target/PROFILE/deps/NAME`. Cargo's mark may be missing in a folder
+/// that was copied; then it is the workspace's own.
 pub(crate) fn output_folder() -> PathBuf {
     let program = std::env::current_exe().unwrap_or_default();
     let target = program.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file());
-    target.unwrap_or_else(|| Path::new("target")).join("xtask")
+    let own = || Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target"));
+    target.unwrap_or_else(own).join("xtask")
 }

@@ -1,6 +1,6 @@
 //! Whether a process that runs does anything: asked over its admin port, as Kubernetes asks a container.
 //!
-//! `/healthz` depends on no peer and no weight, so a process that does not answer is stopped, deadlocked or blocked in
+//! `/startedz` says that its files are read; after that `/healthz` depends on no peer and no weight, so a process that does not answer is stopped, deadlocked or blocked in
 //! the kernel. It is given up after [`MISSES`] in a row: half a minute, in which a busy machine answers once.
 
 use std::time::Duration;
@@ -18,7 +18,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// Questions without an answer, one after the other, that a hung process is told by.
 const MISSES: u32 = 4;
 
-/// A process answers from when it has opened its checkpoint on; Kubernetes gives it as long.
+/// A process has started when it has opened its checkpoint; Kubernetes gives it as long.
 const OPENING: Duration = Duration::from_secs(900);
 
 /// Between two questions before the first answer: what hangs right after it began to serve has answered by then, and is
@@ -36,13 +36,15 @@ async fn hung_within(admin: String, pause: Duration, limit: Duration, opening: D
     loop {
         sleep(if answered { pause } else { pause.min(UNTIL_FIRST_ANSWER) }).await;
         // Whatever the answer is, there is one.
-        match http::get_within(limit, &admin, "/healthz").await {
-            Ok(_) => (answered, misses) = (true, 0),
-            Err(_) => misses += 1,
+        // What has started and answers is alive whatever it answers; what is still reading its files says so.
+        let path = if answered { "/healthz" } else { "/startedz" };
+        match http::get_within(limit, &admin, path).await {
+            Ok((status, _)) if answered || status.is_success() => (answered, misses) = (true, 0),
+            Ok(_) | Err(_) => misses += 1,
         }
         if misses >= MISSES && (answered || begun.elapsed() >= opening) {
             let seconds = limit.as_secs_f64();
-            return format!("hung: {misses} times no answer from http://{admin}/healthz within {seconds} s");
+            return format!("hung: {misses} times no answer from http://{admin}{path} within {seconds} s");
         }
     }
 }
@@ -80,7 +82,8 @@ mod tests {
             note.notify_one();
             async { "ok" }
         });
-        let routes = Router::new().route("/healthz", healthz);
+        let started = get(|| async { "started" });
+        let routes = Router::new().route("/healthz", healthz).route("/startedz", started);
         let server = tokio::spawn(async move { axum::serve(listener, routes).await });
         let watched = tokio::spawn(hung_within(address, SOON, LONG, LONG));
         // It asks again because it was answered.
