@@ -135,9 +135,17 @@ fn metrics_page() -> Result<String> {
         (
             "Worker",
             "`cadre worker` in every role; `cadre_dispatch_*` is its side of the exchange with the shards.",
-            &[cadre_worker::metrics::CATALOG, cadre_worker::dispatch_metrics::CATALOG],
+            &[
+                cadre_worker::metrics::CATALOG,
+                cadre_worker::dispatch_metrics::CATALOG,
+                cadre_device::metrics::CATALOG,
+            ],
         ),
-        ("Expert shard", "`cadre expert`.", &[cadre_expert::metrics::CATALOG]),
+        (
+            "Expert shard",
+            "`cadre expert`.",
+            &[cadre_expert::metrics::CATALOG, cadre_device::metrics::CATALOG],
+        ),
         ("Operator", "`cadre operator`.", &[cadre_operator::metrics::CATALOG]),
     ];
     let mut page = format!(

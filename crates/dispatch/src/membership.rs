@@ -70,6 +70,8 @@ pub struct LoadReport {
     pub worker: Option<v1::WorkerLoad>,
     /// Shards: weight loading.
     pub loading: Option<v1::LoadProgress>,
+    /// What the member computes on; absent before the device is open.
+    pub device: Option<v1::MemberDevice>,
     /// Workers: tokens per (layer, expert) since the previous call.
     pub expert_load: Vec<v1::LayerLoad>,
 }
@@ -421,6 +423,7 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
             generation: Some(Generation { epoch: standing.applied.epoch, ..self.generation }.into()),
             worker: load.worker,
             loading: load.loading,
+            device: load.device,
             expert_load: load.expert_load,
             placement_digest: standing.applied.digest,
             prepared_digest: standing.prepared.digest,

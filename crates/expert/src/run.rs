@@ -25,7 +25,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use cadre_checkpoint::Checkpoint;
-use cadre_device::{BackendOptions, OnBackend};
+use cadre_device::{BackendOptions, DeviceMeter, DeviceMetrics, OnBackend};
 use cadre_dispatch::{
     Driver, ExpertServer, IoThread, LoadReport, Membership, MembershipOptions, membership, tuning,
 };
@@ -98,6 +98,7 @@ struct Expert {
     readiness: Readiness,
     health: tonic_health::server::HealthReporter,
     metrics: ExpertMetrics,
+    device: (DeviceMeter, DeviceMetrics),
     server: GrpcServer,
     _admin: AbortOnDrop,
 }
@@ -119,12 +120,13 @@ struct Open {
 }
 
 impl OnBackend for Open {
-    type Output = Result<Arc<dyn AnyShard>, OpsError>;
+    type Output = Result<(Arc<dyn AnyShard>, DeviceMeter), OpsError>;
 
     fn run<B: Backend>(self, backend: Arc<B>) -> Self::Output {
         let Self { identity, checkpoint, drive } = self;
         let source = Arc::new(CheckpointSource::new(backend.clone(), checkpoint));
-        Ok(Arc::new(Shard::spawn(identity, backend, source, Some(drive))?))
+        let device = DeviceMeter::of(&backend);
+        Ok((Arc::new(Shard::spawn(identity, backend, source, Some(drive))?), device))
     }
 }
 
@@ -187,6 +189,7 @@ impl Expert {
         // Before anything that takes time: health is asked from the first second on.
         let metrics = Metrics::new();
         let expert_metrics = ExpertMetrics::register(&metrics)?;
+        let device_metrics = DeviceMetrics::register(&metrics)?;
         let readiness = Readiness::new(&[
             (PLACEMENT, "none received from the coordinator yet"),
             (WEIGHTS, "not loaded yet"),
@@ -207,12 +210,12 @@ impl Expert {
         };
         let io = IoThread::start("cadre-expert-io").context("start the dispatch I/O thread")?;
         let drive = Arc::new(Driver::new(io.handle()));
-        let (shard, weights) = on_thread("cadre-open", move || -> Result<_> {
+        let (shard, device, weights) = on_thread("cadre-open", move || -> Result<_> {
             let checkpoint = Arc::new(Checkpoint::open(&dir)?);
             let weights = Generation { model: checkpoint.model_hash(), numerics, epoch: PlacementEpoch(0) };
             let identity = ShardOptions { shard: index, weights, hidden: checkpoint.config().hidden_size };
-            let shard = cadre_device::open(&backend, Open { identity, checkpoint, drive })??;
-            Ok((shard, weights))
+            let (shard, device) = cadre_device::open(&backend, Open { identity, checkpoint, drive })??;
+            Ok((shard, device, weights))
         })
         .await??;
         if let Some(bound) = options.bound.take() {
@@ -227,7 +230,7 @@ impl Expert {
             Admit::new(options.secret.clone()),
         ));
         let server = GrpcServer::start(io, services, grpc, shard.clone())?;
-        let membership = join(&options, address.clone(), weights, &shard)?;
+        let membership = join(&options, address.clone(), weights, &shard, device.clone())?;
         readiness.started();
         tracing::info!(
             shard = index.0, address, admin = %admin_address, model = %weights.model,
@@ -240,6 +243,7 @@ impl Expert {
             readiness,
             health,
             metrics: expert_metrics,
+            device: (device, device_metrics),
             server,
             _admin: admin,
         })
@@ -262,6 +266,7 @@ impl Expert {
         loop {
             ticks.tick().await;
             self.metrics.refresh(&*self.shard);
+            self.device.1.refresh(&self.device.0);
             if self.shard.is_dead() {
                 bail!("the compute thread of {} is gone", self.index);
             }
@@ -480,6 +485,7 @@ fn join(
     address: String,
     weights: Generation,
     shard: &Arc<dyn AnyShard>,
+    device: DeviceMeter,
 ) -> Result<Membership> {
     let born = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let member = Member {
@@ -495,7 +501,7 @@ fn join(
         let progress = shard.upgrade().map(|shard| shard.progress()).unwrap_or_default();
         let loading =
             v1::LoadProgress { bytes_read: progress.bytes_read, bytes_expected: progress.bytes_expected };
-        LoadReport { loading: Some(loading), ..LoadReport::default() }
+        LoadReport { loading: Some(loading), device: Some(device.read().into()), ..LoadReport::default() }
     };
     let to =
         MembershipOptions { secret: options.secret.clone(), ..MembershipOptions::new(&options.coordinator) };

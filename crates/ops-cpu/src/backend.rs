@@ -12,9 +12,9 @@ use std::{ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use cadre_ops::{
-    Allocation, AttentionShape, Backend, DeviceMemory, ElementType, EncodedRows, ExpertRows, Ffn, GateShape,
-    HostMatrix, HostVector, KvLayout, OpsError, PassLimits, PassRows, RowFormat, SampleRow, StepInfo,
-    StepRows,
+    Allocation, AttentionShape, Backend, DeviceIdentity, DeviceMemory, ElementType, EncodedRows, ExpertRows,
+    Ffn, GateShape, HostMatrix, HostVector, KvLayout, OpsError, PassLimits, PassRows, RowFormat, SampleRow,
+    StepInfo, StepRows,
     check::{self, Dims},
     gate::Chooser,
     resident::{HostPass, HostRouting, HostStep},
@@ -200,8 +200,9 @@ impl Backend for CpuBackend {
         self.class
     }
 
-    fn name(&self) -> String {
-        "cpu".to_owned()
+    fn identity(&self) -> DeviceIdentity {
+        let [device, name] = ["cpu", "cpu"].map(str::to_owned);
+        DeviceIdentity { device, name, architecture: self.isa.to_string() }
     }
 
     fn describe(&self) -> String {

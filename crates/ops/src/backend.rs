@@ -26,7 +26,7 @@ use cadre_types::{NumericsClass, PageId, Position, config::ScaleFormat};
 use crate::{
     exchange::ExpertRows,
     host::{EncodedRows, HostMatrix, HostMemory, HostVector},
-    plan::{Allocation, DeviceMemory, PassLimits},
+    plan::{Allocation, DeviceIdentity, DeviceMemory, PassLimits},
     shape::{AttentionShape, GateShape, KvLayout},
     step::{PassRows, SampleRow, StepInfo, StepRows},
 };
@@ -88,8 +88,8 @@ pub trait Backend: Send + Sync + 'static {
     /// The numerics class that this backend was made for.
     fn class(&self) -> NumericsClass;
 
-    /// Short name of the device for status and metrics: `cpu`, `NVIDIA H200`.
-    fn name(&self) -> String;
+    /// Which device it is, for status and metrics.
+    fn identity(&self) -> DeviceIdentity;
 
     /// One line for logs: device, instruction set, threads.
     fn describe(&self) -> String;

@@ -132,6 +132,17 @@ pub struct PassLimits {
     pub pairs: usize,
 }
 
+/// Which device it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceIdentity {
+    /// As `--device` names it: `cpu`, `cuda:0`.
+    pub device: String,
+    /// What it is: `NVIDIA H200`; `cpu` for a processor.
+    pub name: String,
+    /// What its code is compiled for: `sm_90`, `avx512`.
+    pub architecture: String,
+}
+
 /// Memory of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct DeviceMemory {
@@ -139,4 +150,7 @@ pub struct DeviceMemory {
     pub used: u64,
     /// Bytes that there are; 0 where nobody can say.
     pub total: u64,
+    /// Bytes that can still be taken; on a CPU not beyond what the machine has left, or the limit of any control
+    /// group over the process. `None` where nobody can say.
+    pub free: Option<u64>,
 }

@@ -24,7 +24,7 @@ use crate::{
     error::OpsError,
     exchange::ExpertRows,
     host::{EncodedRows, HostMatrix, HostVector, RowFormat},
-    plan::{Allocation, DeviceMemory, PassLimits},
+    plan::{Allocation, DeviceIdentity, DeviceMemory, PassLimits},
     resident::{HostPass, HostRouting, HostStep},
     shape::{AttentionShape, GateShape, KvLayout},
     step::{PassRows, SampleRow, StepInfo, StepRows},
@@ -133,8 +133,9 @@ impl Backend for ReferenceBackend {
         self.class
     }
 
-    fn name(&self) -> String {
-        "reference".to_owned()
+    fn identity(&self) -> DeviceIdentity {
+        let [device, name, architecture] = ["cpu", "reference", "scalar"].map(str::to_owned);
+        DeviceIdentity { device, name, architecture }
     }
 
     fn describe(&self) -> String {

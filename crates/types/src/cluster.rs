@@ -163,6 +163,23 @@ pub struct MemberStatus {
     pub sequences: u32,
     /// Why the operator does not know it; `None` if it does, or before there was a view.
     pub stranger: Option<String>,
+    /// What it computes on, as last reported; `None` before the device is open.
+    pub device: Option<MemberDevice>,
+}
+
+/// The device that a member computes on. Its numerics class is that of the generation.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MemberDevice {
+    /// As `--device` names it: `cpu`, `cuda:0`.
+    pub device: String,
+    /// What it is: `NVIDIA H200`; `cpu` for a processor.
+    pub name: String,
+    /// What its code is compiled for: `sm_90`, `avx512`.
+    pub architecture: String,
+    /// Bytes in use: by everybody on a GPU, by the member's process on a processor.
+    pub memory_used: u64,
+    /// Bytes that there are (of a container, its limit); 0 if nobody can say.
+    pub memory_total: u64,
 }
 
 /// Progress of loading weights.

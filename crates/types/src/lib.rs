@@ -15,8 +15,8 @@ pub mod sampling;
 
 pub use address::{AddressError, AdvertiseError, HostPort, advertised};
 pub use cluster::{
-    ClusterView, CoordinatorStatus, Coverage, CoverageExample, Layout, LoadProgress, Member, MemberId,
-    MemberState, MemberStatus, NextLayout, OperatorView, PodRef, PodView, Role,
+    ClusterView, CoordinatorStatus, Coverage, CoverageExample, Layout, LoadProgress, Member, MemberDevice,
+    MemberId, MemberState, MemberStatus, NextLayout, OperatorView, PodRef, PodView, Role,
 };
 pub use config::ModelConfig;
 pub use generation::{Generation, ModelHash, NumericsClass};

@@ -19,7 +19,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 use cadre_checkpoint::Checkpoint;
-use cadre_device::BackendOptions;
+use cadre_device::{BackendOptions, DeviceMetrics};
 use cadre_dispatch::{
     DispatchConfig, DispatchHandle, Dispatcher, ExpertLoadWindow, GrpcConnector, IoThread, Membership, tuning,
 };
@@ -120,7 +120,7 @@ impl Worker {
         ]);
         let admin_server =
             admin::serve(admin_listener, metrics.clone(), readiness.clone(), axum::Router::new());
-        let background = vec![AbortOnDrop(tokio::spawn(admin_server))];
+        let mut background = vec![AbortOnDrop(tokio::spawn(admin_server))];
         let dir = options.model_dir.clone();
         let checkpoint = Arc::new(on_thread("cadre-open", move || Checkpoint::open(&dir)).await??);
         for warning in checkpoint.warnings().iter() {
@@ -160,8 +160,9 @@ impl Worker {
             // Resolves on the signal and when the worker is dropped.
             let _ = closed.await;
         }));
-
         let report = Arc::new(Report::default());
+        background.push(keep_device(DeviceMetrics::register(&metrics)?, Arc::clone(&report)));
+
         let membership = join(&options, role, address.clone(), generation, &report, &worker_metrics)?;
         service.hand_off_to_members_of(membership.views());
         readiness.started();
@@ -378,6 +379,20 @@ impl Worker {
         }
         tracing::info!(role = %self.role, "worker stopped");
     }
+}
+
+/// Keeps the device's metrics up to date, while weights load too.
+fn keep_device(metrics: DeviceMetrics, report: Arc<Report>) -> AbortOnDrop {
+    AbortOnDrop(tokio::spawn(async move {
+        let mut ticks = tokio::time::interval(REFRESH);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            if let Some(device) = report.device.get() {
+                metrics.refresh(device);
+            }
+        }
+    }))
 }
 
 /// Waits until the engine has no sequences and no call is open; returns how many are left after the bound.

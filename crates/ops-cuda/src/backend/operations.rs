@@ -4,9 +4,9 @@ use std::{ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use cadre_ops::{
-    Allocation, AttentionShape, Backend, DeviceMemory, EncodedRows, ExpertRows, Ffn, GateShape, HostMatrix,
-    HostVector, KvLayout, OpsError, PassLimits, PassRows, RowFormat, SampleRow, StepInfo, StepRows, check,
-    check::Dims,
+    Allocation, AttentionShape, Backend, DeviceIdentity, DeviceMemory, EncodedRows, ExpertRows, Ffn,
+    GateShape, HostMatrix, HostVector, KvLayout, OpsError, PassLimits, PassRows, RowFormat, SampleRow,
+    StepInfo, StepRows, check, check::Dims,
 };
 use cadre_sampler::{Sample, SampleError};
 use cadre_types::{NumericsClass, PageId, Position, config::ScaleFormat};
@@ -40,8 +40,13 @@ impl Backend for CudaBackend {
         self.class
     }
 
-    fn name(&self) -> String {
-        self.device.info().name.clone()
+    fn identity(&self) -> DeviceIdentity {
+        let info = self.device.info();
+        DeviceIdentity {
+            device: format!("cuda:{}", info.ordinal),
+            name: info.name.clone(),
+            architecture: format!("sm_{}{}", info.capability.0, info.capability.1),
+        }
     }
 
     fn describe(&self) -> String {
@@ -57,8 +62,13 @@ impl Backend for CudaBackend {
     }
 
     fn memory(&self) -> DeviceMemory {
-        let (free, total) = self.device.memory().unwrap_or((0, 0));
-        DeviceMemory { used: (total - free) as u64, total: total as u64 }
+        match self.device.memory() {
+            Ok((free, total)) => {
+                let [free, total] = [free, total].map(|bytes| bytes as u64);
+                DeviceMemory { used: total - free, total, free: Some(free) }
+            }
+            Err(_) => DeviceMemory::default(),
+        }
     }
 
     fn bytes_of(&self, allocation: &Allocation<'_>) -> Result<u64, OpsError> {

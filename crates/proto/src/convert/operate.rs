@@ -126,6 +126,20 @@ impl From<v1::LoadProgress> for t::LoadProgress {
     }
 }
 
+impl From<t::MemberDevice> for v1::MemberDevice {
+    fn from(on: t::MemberDevice) -> Self {
+        let t::MemberDevice { device, name, architecture, memory_used, memory_total } = on;
+        Self { device, name, architecture, memory_used, memory_total }
+    }
+}
+
+impl From<v1::MemberDevice> for t::MemberDevice {
+    fn from(wire: v1::MemberDevice) -> Self {
+        let v1::MemberDevice { device, name, architecture, memory_used, memory_total } = wire;
+        Self { device, name, architecture, memory_used, memory_total }
+    }
+}
+
 impl From<&t::CoordinatorStatus> for v1::CoordinatorStatus {
     fn from(status: &t::CoordinatorStatus) -> Self {
         let members = status.members.iter().map(|member| v1::MemberStatus {
@@ -135,6 +149,7 @@ impl From<&t::CoordinatorStatus> for v1::CoordinatorStatus {
             loading: member.loading.map(v1::LoadProgress::from),
             sequences: member.sequences,
             stranger: member.stranger.clone().unwrap_or_default(),
+            device: member.device.clone().map(v1::MemberDevice::from),
         });
         let next = status.next.as_ref().map(|next| v1::NextLayout {
             layout: Some(next.layout.into()),
@@ -165,6 +180,7 @@ impl TryFrom<&v1::CoordinatorStatus> for t::CoordinatorStatus {
                 loading: status.loading.map(t::LoadProgress::from),
                 sequences: status.sequences,
                 stranger: Some(status.stranger.clone()).filter(|why| !why.is_empty()),
+                device: status.device.clone().map(t::MemberDevice::from),
             })
         };
         let next = |next: &v1::NextLayout| {

@@ -1920,6 +1920,28 @@ pub struct Report {
     /// in every worker; 0 before they are loaded.
     #[prost(fixed64, tag = "11")]
     pub weights_digest: u64,
+    /// What the member computes on; absent before the device is open.
+    #[prost(message, optional, tag = "12")]
+    pub device: ::core::option::Option<MemberDevice>,
+}
+/// The device of a member. Its numerics class is that of the generation, the same in every member.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemberDevice {
+    /// As `--device` names it: `cpu`, `cuda:0`.
+    #[prost(string, tag = "1")]
+    pub device: ::prost::alloc::string::String,
+    /// What it is: `NVIDIA H200`; `cpu` for a processor.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// What its code is compiled for: `sm_90`, `avx512`.
+    #[prost(string, tag = "3")]
+    pub architecture: ::prost::alloc::string::String,
+    /// Bytes in use: by everybody on a GPU, by the member's process on a processor.
+    #[prost(uint64, tag = "4")]
+    pub memory_used: u64,
+    /// Bytes that there are (of a container, its limit); 0 if nobody can say.
+    #[prost(uint64, tag = "5")]
+    pub memory_total: u64,
 }
 /// XXH3-64 over an expert's gate, up and down matrices, each followed by its scales if it has any, in the
 /// checkpoint's own bytes.
@@ -2083,6 +2105,9 @@ pub struct MemberStatus {
     /// if it does, or before there was a view.
     #[prost(string, tag = "6")]
     pub stranger: ::prost::alloc::string::String,
+    /// As last reported; absent before the member's device is open.
+    #[prost(message, optional, tag = "7")]
+    pub device: ::core::option::Option<MemberDevice>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Coverage {

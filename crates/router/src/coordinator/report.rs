@@ -5,7 +5,8 @@ use cadre_proto::{
     v1,
 };
 use cadre_types::{
-    Generation, HostPort, LayerId, LoadProgress, LogicalExpert, Member, Placement, PlacementEpoch,
+    Generation, HostPort, LayerId, LoadProgress, LogicalExpert, Member, MemberDevice, Placement,
+    PlacementEpoch,
 };
 
 use super::{WorkerLoad, digests::ReportedDigests, layouts::Stamp};
@@ -34,6 +35,7 @@ pub(super) struct MemberReport {
     pub(super) applied_placement: Option<Placement>,
     pub(super) load: WorkerLoad,
     pub(super) loading: Option<LoadProgress>,
+    pub(super) device: Option<MemberDevice>,
     /// Tokens per expert since the last report, by layer.
     pub(super) expert_load: Vec<(LayerId, Vec<u64>)>,
     /// What it has read from the checkpoint, where the report says.
@@ -60,10 +62,7 @@ impl TryFrom<v1::Report> for MemberReport {
             }
         }
         // It is logged, and everybody is told it.
-        if let Some(at) = member.id.0.bytes().position(|byte| !(b' '..=b'~').contains(&byte)) {
-            let problem = format!("byte {at} is no printable ASCII character");
-            return Err(ConvertError::Invalid { field: "report.member.id", problem });
-        }
+        printable("report.member.id", &member.id.0)?;
         if let Err(error) = member.address.parse::<HostPort>() {
             let problem = error.to_string();
             return Err(ConvertError::Invalid { field: "report.member.address", problem });
@@ -109,12 +108,39 @@ impl TryFrom<v1::Report> for MemberReport {
                 total_pages: load.total_pages,
             }),
             loading: wire.loading.map(LoadProgress::from),
+            device: wire.device.map(device).transpose()?,
             expert_load,
             digests: ReportedDigests {
                 experts: digests(&wire.expert_digests)?,
                 weights: Some(wire.weights_digest).filter(|digest| *digest != 0),
             },
         })
+    }
+}
+
+/// Names are logged and told to operators: short and printable.
+fn device(wire: v1::MemberDevice) -> Result<MemberDevice, ConvertError> {
+    for (field, text) in [
+        ("report.device.device", &wire.device),
+        ("report.device.name", &wire.name),
+        ("report.device.architecture", &wire.architecture),
+    ] {
+        if text.is_empty() || text.len() > MAX_NAME_BYTES {
+            let problem = format!("{} bytes, must be 1..={MAX_NAME_BYTES}", text.len());
+            return Err(ConvertError::Invalid { field, problem });
+        }
+        printable(field, text)?;
+    }
+    Ok(wire.into())
+}
+
+fn printable(field: &'static str, text: &str) -> Result<(), ConvertError> {
+    match text.bytes().position(|byte| !(b' '..=b'~').contains(&byte)) {
+        Some(at) => {
+            let problem = format!("byte {at} is no printable ASCII character");
+            Err(ConvertError::Invalid { field, problem })
+        }
+        None => Ok(()),
     }
 }
 
@@ -168,6 +194,15 @@ mod tests {
         let member =
             |change: &dyn Fn(&mut v1::Member)| refused(&|report| change(report.member.as_mut().unwrap()));
         let long = "x".repeat(MAX_NAME_BYTES + 1);
+        let device = |change: &dyn Fn(&mut v1::MemberDevice)| {
+            let [device, name, architecture] = ["cuda:0", "NVIDIA H200", "sm_90"].map(str::to_owned);
+            let mut fine = v1::MemberDevice { device, name, architecture, memory_used: 1, memory_total: 2 };
+            let mut report = wire();
+            report.device = Some(fine.clone());
+            MemberReport::try_from(report).unwrap();
+            change(&mut fine);
+            refused(&|report| report.device = Some(fine.clone()))
+        };
         for (error, field) in [
             (member(&|member| member.id.clear()), "report.member.id: 0 bytes"),
             (member(&|member| member.id.clone_from(&long)), "report.member.id: 257 bytes"),
@@ -198,6 +233,9 @@ mod tests {
                 refused(&|report| report.expert_load = vec![v1::LayerLoad { layer: 70_000, tokens: vec![] }]),
                 "report.expert_load.layer",
             ),
+            (device(&|device| device.device.clear()), "report.device.device: 0 bytes"),
+            (device(&|device| device.name.clone_from(&long)), "report.device.name: 257 bytes"),
+            (device(&|device| device.architecture = "sm\n90".into()), "report.device.architecture: byte 2"),
         ] {
             assert!(error.contains(field), "{error} lacks {field}");
             assert!(!error.contains('\n'), "{error:?}");

@@ -8,8 +8,8 @@ use std::{collections::BTreeMap, time::Duration};
 
 use cadre_placement::ExpertLoad;
 use cadre_types::{
-    Generation, LoadProgress, Member, MemberId, MemberState, OperatorView, Placement, PlacementEpoch, PodRef,
-    Role,
+    Generation, LoadProgress, Member, MemberDevice, MemberId, MemberState, OperatorView, Placement,
+    PlacementEpoch, PodRef, Role,
 };
 use tokio::{sync::oneshot, time::Instant};
 use tonic::Status;
@@ -101,6 +101,7 @@ struct Registered {
     member: Member,
     load: WorkerLoad,
     loading: Option<LoadProgress>,
+    device: Option<MemberDevice>,
     applied: Stamp,
     prepared: Stamp,
     /// A step is still to be asked of it before it is shown as ready.
@@ -185,6 +186,7 @@ impl State {
             member: report.member.clone(),
             load: report.load,
             loading: report.loading,
+            device: report.device,
             report: self.reports,
             since: now,
             expires: now + self.lease,
@@ -222,6 +224,7 @@ impl State {
         known.prepared = report.prepared;
         known.load = report.load;
         known.loading = report.loading;
+        known.device = report.device;
         known.report = self.reports;
         known.expires = now + self.lease;
         Ok(match (adopted || new_state, known.member.role) {

@@ -38,6 +38,7 @@ fn report(id: &str, role: Role, state: MemberState) -> MemberReport {
         applied_placement: None,
         load: WorkerLoad { total_pages: 10, free_pages: 10, ..WorkerLoad::default() },
         loading: None,
+        device: None,
         expert_load: Vec::new(),
         digests: ReportedDigests::default(),
     }

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use cadre_checkpoint::Checkpoint;
-use cadre_device::{BackendOptions, OnBackend};
+use cadre_device::{BackendOptions, DeviceMeter, OnBackend};
 use cadre_dispatch::{Dispatcher, IoThread};
 use cadre_engine::{Engine, EngineParts};
 use cadre_model::{LoadOptions, LoadProgress, Model};
@@ -41,6 +41,8 @@ impl OnBackend for Load {
 
     fn run<B: Backend>(self, backend: Arc<B>) -> Result<Engine> {
         let Self { checkpoint, scheduler, dispatcher, io, timeouts, report, metrics, .. } = self;
+        // Set once: this is the only device of the process.
+        let _ = report.device.set(DeviceMeter::of(&backend));
         tracing::info!(backend = backend.describe(), "loading weights");
         let began = Instant::now();
         let mut told = 0;

@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::Result;
+use cadre_device::DeviceMeter;
 use cadre_dispatch::{ExpertLoadWindow, LoadReport, Membership, MembershipOptions, membership};
 use cadre_engine::EngineHandle;
 use cadre_proto::v1;
@@ -23,6 +24,8 @@ pub(super) struct Report {
     pub(super) bytes_expected: AtomicU64,
     /// Of the weights, once they are loaded.
     pub(super) weights_digest: AtomicU64,
+    /// Once it is open.
+    pub(super) device: OnceLock<DeviceMeter>,
     pub(super) engine: OnceLock<EngineHandle>,
     pub(super) expert_load: Mutex<Option<ExpertLoadWindow>>,
 }
@@ -64,7 +67,8 @@ pub(super) fn join(
             bytes_read: report.bytes_read.load(Ordering::Relaxed),
             bytes_expected: report.bytes_expected.load(Ordering::Relaxed),
         };
-        LoadReport { worker, loading: Some(loading), expert_load }
+        let device = report.device.get().map(|device| device.read().into());
+        LoadReport { worker, loading: Some(loading), device, expert_load }
     };
     let to =
         MembershipOptions { secret: options.secret.clone(), ..MembershipOptions::new(&options.coordinator) };

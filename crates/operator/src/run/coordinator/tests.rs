@@ -139,6 +139,7 @@ fn status(epoch: u64) -> CoordinatorStatus {
             loading: Some(LoadProgress { bytes_read: 1, bytes_expected: 9 }),
             sequences: 0,
             stranger: None,
+            device: None,
         }],
         coverage: Coverage::default(),
         imbalance: None,

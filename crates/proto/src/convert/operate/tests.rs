@@ -37,6 +37,13 @@ fn status() -> t::CoordinatorStatus {
         loading: (id == "x").then_some(t::LoadProgress { bytes_read: 5, bytes_expected: 9 }),
         sequences: 7,
         stranger: (id == "y").then(|| "it has no pod".to_owned()),
+        device: (id == "x").then(|| t::MemberDevice {
+            device: "cuda:0".into(),
+            name: "NVIDIA H200".into(),
+            architecture: "sm_90".into(),
+            memory_used: 1 << 36,
+            memory_total: 1 << 37,
+        }),
     };
     t::CoordinatorStatus {
         generation: t::Generation {

@@ -107,6 +107,7 @@ impl State {
             loading: known.loading,
             sequences: known.load.running_sequences.saturating_add(known.load.waiting_sequences),
             stranger: self.pods.stranger(&known.member).map(|why| why.to_string()),
+            device: known.device.clone(),
         });
         let next = self.layouts.waiting_for(now, &self.facts()).map(|waiting_for| NextLayout {
             layout: self.layouts.wanted(),

@@ -152,6 +152,7 @@ impl Coordinator {
             loading: matches!(role, Role::Expert(_)).then_some(read),
             sequences: 0,
             stranger: None,
+            device: None,
         }
     }
 }
