@@ -21,9 +21,13 @@ executables cargo test --profile "$profile" -p cadre-ops-cuda --test device --no
     while read -r name path; do [ "$name" = device ] && cp "$path" "$out/device"; done
 executables cargo build --profile "$profile" -p cadre --bin cadre |
     while read -r name path; do [ "$name" = cadre ] && cp "$path" "$out/cadre"; done
-strip "$out/device" "$out/cadre"
+executables cargo build --profile "$profile" -p cadre-model --example distances |
+    while read -r name path; do [ "$name" = distances ] && cp "$path" "$out/distances"; done
+strip "$out/device" "$out/cadre" "$out/distances"
 cp -r "$target/kernels/sm_90a" "$target/kernels/tests" "$out/kernels/"
 rm -f "$out"/kernels/sm_90a/*.log
 cp -r models/pocket "$out/models/"
+mkdir -p "$out/tests/golden"
+cp tests/golden/*.safetensors "$out/tests/golden/"
 cp tests/gpu/run.sh "$out/"
 du -sh "$out"

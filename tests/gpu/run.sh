@@ -84,6 +84,7 @@ counted conformance timeout 300 ./device --require-device
 for program in kernels/tests/*; do
     counted "kernels-$(basename "$program")" timeout 120 "$program" check
 done
+counted distances timeout 300 ./distances --cuda --root .
 for class in f32 bf16 fp8; do
     held "text-of-$class-is-the-processors" same_text cuda:0 "$class" 2 cpu "$class" 2
 done
@@ -100,7 +101,7 @@ if [ "${1:-}" = --sanitize ]; then
         for tool in memcheck initcheck racecheck; do
             # Asking a kernel for an argument that it does not have is how the loader counts them: no error of ours.
             held "$tool" timeout 240 compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 \
-                ./device --require-device --cases 0 --skip alone
+                ./device --require-device --cases 0 --skip alone,published
         done
     else
         echo "NOTICE: no compute-sanitizer here: memcheck, initcheck and racecheck not run"

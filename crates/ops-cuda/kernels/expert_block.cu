@@ -1,13 +1,14 @@
 // The whole routed-expert block at decode sizes in one persistent launch: e4m3 rows -> gate, up -> SwiGLU -> quantise by 128 -> down -> bf16.
 //
 // Bits equal those of the sequence gemm (SwiGLU), quantise_bf16, gemm (down) in gemm.cu and quantise.cu, so either may be chosen at any size;
-// tests/gpu/kernels/gemm.cu holds that. At most 64 rows an expert, inner width a multiple of 128, hidden width of 256; more rows end in ERROR_ROWS.
+// tests/gpu/kernels/gemm.cu holds that, and the suite's part "experts, whole blocks" for the backend. At most 64 rows an expert, inner width a multiple of 128, hidden width of 256; more rows end in ERROR_ROWS.
 //
 // A task is 128 columns of h (256 rows of the packed gate + up: two tiles) or 256 columns of y (two tiles of down) of one expert with all its
-// rows. Tasks are drawn from a counter after the first of each block, gate + up before down. Weights have a producer thread and a ring of
+// rows. Tasks are drawn from a counter, gate + up before down: what a task of down waits for was drawn by blocks that run, so neither the grid
+// nor what else is on the device can hold it up. Weights have a producer thread and a ring of
 // their own, and run ahead into down while its rows are still computed elsewhere; rows of x come through the index list by a warp group's
 // 16-byte copies, rows of h (in e4m3, already in wgmma's layout) in bulk after the expert's ready counter. The token tile (8, 16, 32, 64)
-// follows each expert's own count. Needs all blocks of the grid on the device at once: grid <= multiprocessors, one block each.
+// follows each expert's own count.
 
 #include "hopper.cuh"
 
@@ -15,19 +16,20 @@ struct BlockArgs {
   const u8* x;         // distinct rows, e4m3 [rows][x_row bytes]
   const float* xs;     // their scales [rows][xs_row]
   const int* gather;   // input row of each pair; null: the pair's own number
+  const int* scatter;  // output row of each pair; null: the pair's own number
   const u64* table;    // per group {gate_up, its scales, down, its scales}, as gemm.cu's
   const int* counts;   // rows of each group, at most 64
   const int* offsets;  // first pair of each group
   u8* h;               // scratch [groups][inner / 128][64][128]
   float* hs;           // scratch [groups][inner / 128][64]
-  u16* y;              // bf16 [pairs][hidden]
+  u16* y;              // bf16 rows of hidden columns
   u32* sync;           // [groups + 2], zero before the first launch; every launch leaves zeros
   int* error;
   i64 x_row;
   int xs_row, groups, hidden, inner;
   int pow2;            // scales of h are powers of two (ue8m0)
 };
-static_assert(sizeof(BlockArgs) == 120, "the host's copy of this struct");
+static_assert(sizeof(BlockArgs) == 128, "the host's copy of this struct");
 
 enum { MAX_GROUPS = 512, MAX_ROWS = 64 };
 
@@ -144,7 +146,9 @@ template <int N> static __device__ __forceinline__ void down(const BlockArgs& a,
 #pragma unroll
     for (int q = 0; q < 2; q++) {
       int row = j * 8 + (lane & 3) * 2 + q;
-      if (row < rows) *(u32*)(a.y + (first + row) * a.hidden + column) = bf16x2(y[4 * j + q], y[4 * j + 2 + q]);
+      if (row >= rows) continue;
+      i64 to = a.scatter ? a.scatter[first + row] : first + row;
+      *(u32*)(a.y + to * a.hidden + column) = bf16x2(y[4 * j + q], y[4 * j + 2 + q]);
     }
 }
 
@@ -159,6 +163,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) expert_block(const __gr
   int* active = (int*)(memory + AT_ACTIVE); // count, largest; then {group, rows} of each group that has any
   volatile int *queue = (volatile int*)(memory + AT_QUEUE), *dead = (volatile int*)(memory + AT_DEAD);
   if (thread < MAX_ROWS) ((u32*)(memory + AT_AMAX))[thread] = 0;
+  int t0 = 0;
+  if (thread == WEIGHT_THREAD) t0 = atomicAdd(a.sync + a.groups, 1);
   if (thread >= CONSUMERS && thread < CONSUMERS + 32) {
     int lane = thread & 31, count = 0, most = 0;
     for (int g0 = 0; g0 < a.groups; g0 += 32) {
@@ -189,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) expert_block(const __gr
   if (thread >= CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     if (thread == WEIGHT_THREAD) { // draws the tasks and hands them on
-      int stage = 0, phase = 1, t = blockIdx.x;
+      int stage = 0, phase = 1, t = t0;
       for (int i = 0;; i++) {
         // At most four stages, so at most four tasks of one stage, are ahead of the consumers: eight places are never overrun.
         queue[i & (QUEUE - 1)] = t;
@@ -204,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) expert_block(const __gr
           barrier_expect(full, STAGE);
           bulk_copy(base + stage * STAGE, w + (i64)block * 16384, 16384, full);
           bulk_copy(base + stage * STAGE + 16384, w + (i64)(blocks + block) * 16384, 16384, full);
-          if (block == blocks - 1) next = gridDim.x + atomicAdd(a.sync + a.groups, 1);
+          if (block == blocks - 1) next = atomicAdd(a.sync + a.groups, 1);
           if (++stage == STAGES) { stage = 0; phase ^= 1; }
         }
         t = next;

@@ -175,7 +175,7 @@ kernels! {
     /// Tensor-core product, half tiles, 64 rows.
     GemmBf16H64 = "gemm" "gemm_bf16_h64" [Struct(168)] shared;
     /// The whole expert block in one launch.
-    ExpertBlock = "expert_block" "expert_block" [Struct(120)] shared;
+    ExpertBlock = "expert_block" "expert_block" [Struct(128)] shared;
     /// Cuts decode rows into pieces.
     MlaPlan = "mla_decode" "mla_plan" [P, U32, U32, P, P, P];
     /// Rotary queries into query tiles.

@@ -12,7 +12,7 @@ use std::{
 
 use cadre_ops::{
     ReferenceBackend,
-    conformance::{Suite, Tolerance, Widths, parts},
+    conformance::{Part, Suite, Tolerance, Widths, parts, published_parts},
 };
 use cadre_ops_cuda::{CudaBackend, CudaError};
 use cadre_types::NumericsClass;
@@ -21,9 +21,8 @@ use cadre_types::NumericsClass;
 /// side of a rounding is off by up to 6 %.
 const DISTANCE: f32 = 2e-2;
 
-/// The same of attention, whose keys, values and latent queries are rounded to bf16 here and not there: random scores
-/// are large, so that a rounding of a key moves a probability by some per cent.
-const ATTENTION_DISTANCE: f32 = 1e-1;
+/// The same of attention, derived in docs/numerics.md: 6.9e-3 on average; 6.4e-3 is the largest that was seen.
+const ATTENTION_DISTANCE: f32 = 1e-2;
 
 /// The bound of a part of the suite.
 fn distance(part: &str) -> f32 {
@@ -31,11 +30,11 @@ fn distance(part: &str) -> f32 {
     if attends { ATTENTION_DISTANCE } else { DISTANCE }
 }
 
-/// Attention that the tensor cores take: V3's widths and `pocket`'s.
+/// Attention that the tensor cores take: V3's widths and `pocket`'s, and a tile of heads and one more.
 const WIDTHS: [Widths; 3] = [
     Widths { heads: 4, nope: 64, rope: 32, v: 64, kv_lora: 128 },
     Widths { heads: 3, nope: 128, rope: 64, v: 128, kv_lora: 512 },
-    Widths { heads: 65, nope: 128, rope: 64, v: 128, kv_lora: 512 },
+    Widths { heads: 65, nope: 64, rope: 32, v: 64, kv_lora: 128 },
 ];
 
 /// What is run: a name, the class, and whether widths are those of the tensor cores.
@@ -64,6 +63,15 @@ fn suite<'a>(
     Suite { reference, tolerance: Tolerance::Distance(distance(part)), granule, attention, ..exact }
 }
 
+/// Published shapes are those of the tensor cores.
+fn parts_of<'a>(tensor: bool) -> Vec<(&'static str, Part<'a, CudaBackend>)> {
+    let mut all = parts();
+    if tensor {
+        all.extend(published_parts());
+    }
+    all
+}
+
 /// Random cases of each operation, beside the fixed ones of 0, 1, 31 and 33 rows.
 const CASES: usize = 8;
 
@@ -80,17 +88,17 @@ fn main() -> ExitCode {
     let value = |flag: &str| words.iter().position(|word| word == flag).and_then(|at| words.get(at + 1));
     let cases = value("--cases").map_or(CASES, |text| text.parse().unwrap());
     let only = value("--only");
-    let skip = value("--skip");
+    // Words, with commas between them.
+    let skip: Vec<&str> = value("--skip").map(|words| words.split(',').collect()).unwrap_or_default();
     let seed = value("--seed").map_or(1, |text| text.parse().unwrap());
     let listed = words.iter().any(|word| word == "--list");
     let wanted = |name: &str| {
-        only.is_none_or(|only| name.contains(only.as_str()))
-            && skip.is_none_or(|skip| !name.contains(skip.as_str()))
+        only.is_none_or(|only| name.contains(only.as_str())) && !skip.iter().any(|word| name.contains(word))
     };
     let names: Vec<String> = RUNS
         .iter()
-        .flat_map(|(run, ..)| {
-            parts::<CudaBackend>().into_iter().map(move |(name, _)| format!("{run}: {name}"))
+        .flat_map(|(run, _, tensor)| {
+            parts_of(*tensor).into_iter().map(move |(name, _)| format!("{run}: {name}"))
         })
         .filter(|name| wanted(name))
         .collect();
@@ -131,7 +139,7 @@ fn main() -> ExitCode {
                 return ExitCode::FAILURE;
             }
         };
-        for (name, part) in parts() {
+        for (name, part) in parts_of(tensor) {
             let name = format!("{run}: {name}");
             if !wanted(&name) {
                 continue;
@@ -140,7 +148,11 @@ fn main() -> ExitCode {
             let suite = suite(&name, &backend, class, tensor, cases, seed);
             let held = catch_unwind(AssertUnwindSafe(|| part(&suite))).is_ok();
             let verdict = if held { "ok" } else { "FAILED" };
-            println!("{name} ... {verdict} ({:.2} s)", begun.elapsed().as_secs_f64());
+            let largest = match suite.largest.get() {
+                0.0 => String::new(),
+                largest => format!(", largest distance {largest:.1e}"),
+            };
+            println!("{name} ... {verdict} ({:.2} s{largest})", begun.elapsed().as_secs_f64());
             *(if held { &mut passed } else { &mut failed }) += 1;
         }
     }

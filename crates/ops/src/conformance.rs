@@ -11,16 +11,21 @@
 //! machine that has the device and nothing else.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a conformance suite fails by panicking")]
 
+mod alone;
 mod attention;
 mod data;
 mod dense;
 mod experts;
 mod independence;
+mod published;
 mod refusals;
 mod rows;
 mod sampling;
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::{
+    cell::Cell,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+};
 
 use crate::{backend::Backend, reference::ReferenceBackend};
 
@@ -67,6 +72,8 @@ pub struct Suite<'a, B: Backend> {
     pub granule: usize,
     /// Attention shapes that are tested; empty: any, drawn at random.
     pub attention: Vec<Widths>,
+    /// The largest distance that a comparison found: what a bound stands beside.
+    pub largest: Cell<f64>,
 }
 
 impl<'a, B: Backend> Suite<'a, B> {
@@ -80,6 +87,7 @@ impl<'a, B: Backend> Suite<'a, B> {
             seed: 1,
             granule: 1,
             attention: Vec::new(),
+            largest: Cell::new(0.0),
         }
     }
 
@@ -128,6 +136,7 @@ impl<'a, B: Backend> Suite<'a, B> {
                 let difference: f64 =
                     got.iter().zip(expected).map(|(g, e)| square(f64::from(*g) - f64::from(*e))).sum();
                 let distance = (difference / norm.max(f64::MIN_POSITIVE)).sqrt();
+                self.largest.set(self.largest.get().max(distance));
                 // A NaN is beyond every bound.
                 assert!(distance <= f64::from(bound), "{what}: distance {distance:e}, at most {bound:e}");
             }
@@ -163,6 +172,7 @@ pub fn parts<'a, B: Backend>() -> Vec<(&'static str, Part<'a, B>)> {
         ("gate refuses NaN", experts::nan_gate),
         ("encode", experts::encode),
         ("experts", experts::grouped),
+        ("experts, whole blocks", experts::whole_blocks),
         ("combine", experts::combine),
         ("attention", attention::forms),
         ("a long chunk", attention::long_chunk),
@@ -171,6 +181,10 @@ pub fn parts<'a, B: Backend>() -> Vec<(&'static str, Part<'a, B>)> {
         ("samples of bad rows", sampling::bad_rows),
         ("a row alone", independence::dense_rows),
         ("an expert's row alone", independence::expert_rows),
+        ("embedding, norms, encoding: a row alone", alone::rows),
+        ("gate, combine: a row alone", alone::routed),
+        ("cached rows and queries: a row alone", alone::cached),
+        ("samples: a row alone", alone::tokens),
         ("chunks of a prompt", independence::chunks),
         ("company and pages", independence::company),
         ("refusals", refusals::alike),
@@ -178,7 +192,17 @@ pub fn parts<'a, B: Backend>() -> Vec<(&'static str, Part<'a, B>)> {
     ]
 }
 
-/// Runs everything.
+/// Parts on the shapes of published checkpoints: seconds each on the reference, so apart from [`parts`].
+pub fn published_parts<'a, B: Backend>() -> Vec<(&'static str, Part<'a, B>)> {
+    vec![
+        ("published shapes: products", published::products),
+        ("published shapes: experts", published::blocks),
+        ("published shapes: gate", published::gates),
+        ("published shapes: attention", published::heads),
+    ]
+}
+
+/// Runs [`parts`].
 pub fn run<B: Backend>(suite: &Suite<'_, B>) {
     for (name, part) in parts() {
         suite.named(name, || part(suite));

@@ -192,9 +192,9 @@ struct Fused {
   Fused(const Experts& ex, int count) : h((size_t)count * ex.inner * 64), hs((size_t)count * (ex.inner / 128) * 64), sync(count + 2) { h.bytes(0x7f); hs.bytes(0xff); sync.bytes(0); }
 };
 static bool fusable(const Experts& ex, int most) { return ex.f8 && most <= 64 && ex.inner % 128 == 0 && ex.hidden % 256 == 0; }
-static void fused(const Experts& ex, const Rows& x, Fused& f, const int* counts, const int* offsets, const int* gather, int groups, uint16_t* y, int grid = 0) {
+static void fused(const Experts& ex, const Rows& x, Fused& f, const int* counts, const int* offsets, const int* gather, int groups, uint16_t* y, int grid = 0, const int* scatter = nullptr) {
   CK(cudaFuncSetAttribute(kernels_block::expert_block, cudaFuncAttributeMaxDynamicSharedMemorySize, kernels_block::BYTES));
-  BlockArgs a = {x.codes.p, x.xs.p, gather, ex.table.p, counts, offsets, f.h.p, f.hs.p, y, f.sync.p, error_flag(), x.k, x.kb, groups, ex.hidden, ex.inner, 0};
+  BlockArgs a = {x.codes.p, x.xs.p, gather, scatter, ex.table.p, counts, offsets, f.h.p, f.hs.p, y, f.sync.p, error_flag(), x.k, x.kb, groups, ex.hidden, ex.inner, 0};
   kernels_block::expert_block<<<grid ? grid : multiprocessors(), kernels_block::THREADS, kernels_block::BYTES>>>(a);
   CK(cudaGetLastError());
 }
@@ -222,10 +222,17 @@ static void experts(bool f8, int count, int inner, int hidden, std::vector<int> 
   if (fusable(ex, most)) {
     Fused f(ex, count);
     Device<uint16_t> y((size_t)pairs * hidden);
-    for (int grid : {0, 0, 40, 1}) {
+    std::vector<int> back(pairs);
+    for (int p = 0; p < pairs; p++) back[p] = pairs - 1 - p;
+    Device<int> scatter(back);
+    for (int grid : {0, 0, 40, 1, 3 * multiprocessors() + 5}) {
       y.bytes(0xff);
       fused(ex, x, f, counts.p, offsets.p, gather.p, count, y.p, grid);
       differ += memcmp(y.get().data(), y0.data(), y0.size() * 2) != 0;
+      y.bytes(0xff);
+      fused(ex, x, f, counts.p, offsets.p, gather.p, count, y.p, grid, scatter.p);
+      auto got = y.get();
+      for (int p = 0; p < pairs; p++) differ += memcmp(&got[(size_t)back[p] * hidden], &y0[(size_t)p * hidden], hidden * 2) != 0;
     }
     std::vector<int> less(m);
     for (auto& v : less) v = v > 3 ? (v * 2) / 3 : v;

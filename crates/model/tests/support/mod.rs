@@ -11,7 +11,7 @@
 use std::{
     collections::VecDeque,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use bytes::Bytes;
@@ -30,8 +30,11 @@ use cadre_types::{LogicalExpert, NumericsClass, PageId, TokenId};
 /// Longest sequence of the tests, in pages.
 pub const PAGES: usize = 50;
 
+/// Where the repository's files are, for a program that was carried to another machine.
+pub static ROOT: OnceLock<PathBuf> = OnceLock::new();
+
 pub fn repo(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
+    ROOT.get_or_init(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")).join(path)
 }
 
 /// A tensor of a golden file, as F32 or I32 bits.

@@ -1,11 +1,13 @@
 //! Products with one matrix, and feed-forward blocks; `experts` those of the routed experts.
 
+mod block;
 mod experts;
 
 use cadre_numerics::quant;
 use cadre_ops::{ElementType, Ffn, OpsError, check, check::Dims};
 use cadre_types::config::ScaleFormat;
 
+pub(crate) use self::block::inner_bytes;
 pub use self::experts::ExpertTable;
 use super::{
     CudaBackend,
@@ -78,6 +80,11 @@ impl Kind {
     }
 }
 
+/// Where the scales of a matrix are; 0 where it has none.
+fn scales_of(weight: &Weight) -> u64 {
+    weight.scales.as_ref().map_or(0, Memory::address)
+}
+
 impl Input {
     pub(crate) fn of(plane: &Plane) -> Self {
         let (values, bf16) = (plane.memory.address(), plane.bf16);
@@ -111,8 +118,7 @@ pub(crate) fn product(
     let (codes, code_scales) = x.codes.unwrap_or((0, 0));
     let (words, scales, table, kind, tasks, rows, count) = match which {
         Which::One(weight, rows) => {
-            let scales = weight.scales.as_ref().map_or(0, Memory::address);
-            (weight.words.address(), scales, 0, 0, 0, rows, rows.div_ceil(TASK_ROWS))
+            (weight.words.address(), scales_of(weight), 0, 0, 0, rows, rows.div_ceil(TASK_ROWS))
         }
         Which::Experts { table, kind, tasks, count } => (0, 0, table, kind.number(), tasks, 0, count),
     };

@@ -5,6 +5,7 @@ use cadre_ops::{Allocation, ElementType, OpsError, RowFormat, check, check::Dims
 use super::{
     CudaBackend, attend,
     planes::{plane_bytes, rows_bytes},
+    product::inner_bytes,
     step, tensor,
     weights::{element_bytes, panel_bytes, scale_bytes, up_row},
 };
@@ -75,7 +76,10 @@ impl CudaBackend {
                 wide + narrow + expanded + codes + rows * 16 * hidden * 4 + step
             }
             Allocation::PassScratch { limits, hidden, inner } => {
-                limits.pairs * (2 * up_row(inner) * 4 + inner * 6 + 20) + limits.rows * hidden * 4
+                // Whole blocks leave each group room for all the rows that they take.
+                let (codes, scales) = if self.tensor() { inner_bytes(limits.pairs, inner) } else { (0, 0) };
+                let blocks = codes + scales;
+                limits.pairs * (2 * up_row(inner) * 4 + inner * 6 + 20) + limits.rows * hidden * 4 + blocks
             }
         };
         Ok(bytes as u64)

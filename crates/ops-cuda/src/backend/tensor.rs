@@ -174,10 +174,10 @@ struct PrefillArgs {
 }
 
 /// A structure without holes as an argument.
-trait Plain: Copy {
+pub(crate) trait Plain: Copy {
     fn bytes(&self) -> &[u8] {
-        // SAFETY: the types below are `repr(C)` of integers and floats with no bytes between or behind them, which
-        // the sizes in the table of kernels confirm.
+        // SAFETY: the types that implement this are `repr(C)` of integers and floats with no bytes between or behind
+        // them, which the sizes in the table of kernels confirm.
         unsafe { std::slice::from_raw_parts(std::ptr::from_ref(self).cast(), size_of::<Self>()) }
     }
 }

@@ -40,7 +40,7 @@ fn products<B: Backend>(backend: &B, x: &[f32], rows: usize, weight: &Matrix) ->
     (read(backend, queue, &y, rows + 2), out)
 }
 
-fn compare_products<B: Backend>(suite: &Suite<'_, B>, x: &[f32], rows: usize, weight: &Matrix) {
+pub(super) fn compare_products<B: Backend>(suite: &Suite<'_, B>, x: &[f32], rows: usize, weight: &Matrix) {
     let got = products(suite.backend, x, rows, weight);
     let expected = products(&suite.reference, x, rows, weight);
     suite.compare("linear", &got.0, &expected.0, weight.rows);

@@ -20,7 +20,7 @@ use crate::{
     step::{PassRows, RowGroup},
 };
 
-fn choose<B: Backend>(
+pub(super) fn choose<B: Backend>(
     backend: &B,
     x: &[f32],
     ids: &[u32],
@@ -65,31 +65,39 @@ pub(super) fn gate<B: Backend>(suite: &Suite<'_, B>) {
         let k = suite.width(stream, 200);
         let weight = Matrix::any(stream, shape.experts, k);
         let bias = stream.values(shape.experts);
-        let (x, ids) = (stream.values(rows * k), vec![0; rows]);
-        let got = choose(suite.backend, &x, &ids, &weight, &bias, &shape).unwrap();
-        let expected = choose(&suite.reference, &x, &ids, &weight, &bias, &shape).unwrap();
-        assert_eq!(got.0.len(), rows * shape.top_k, "chosen experts");
-        got.0.chunks(shape.top_k).for_each(|row| assert!(row.is_sorted_by(|a, b| a < b), "{row:?} ascends"));
-        // Between classes, a row may fall on the other side of a tie; the rows that agree are compared.
-        let rows_of = |chosen: &[u16]| chosen.chunks(shape.top_k).map(<[u16]>::to_vec).collect::<Vec<_>>();
-        let same: Vec<bool> = rows_of(&got.0)
-            .iter()
-            .zip(rows_of(&expected.0))
-            .map(|(got, expected)| *got == expected)
-            .collect();
-        let differing = same.iter().filter(|same| !**same).count();
-        match suite.tolerance {
-            Tolerance::Bits => assert_eq!(got.0, expected.0, "chosen experts"),
-            Tolerance::Distance(_) => {
-                assert!(differing <= 1 + rows / 20, "{differing} of {rows} rows differ")
-            }
-        }
-        let weights_of = |weights: &[f32]| -> Vec<f32> {
-            let rows = weights.chunks(shape.top_k).zip(&same).filter(|(_, same)| **same);
-            rows.flat_map(|(row, _)| row.to_vec()).collect()
-        };
-        suite.compare("gate weights", &weights_of(&got.1), &weights_of(&expected.1), shape.top_k);
+        compare_gate(suite, &stream.values(rows * k), rows, &weight, &bias, &shape);
     });
+}
+
+pub(super) fn compare_gate<B: Backend>(
+    suite: &Suite<'_, B>,
+    x: &[f32],
+    rows: usize,
+    weight: &Matrix,
+    bias: &[f32],
+    shape: &GateShape,
+) {
+    let ids = vec![0; rows];
+    let got = choose(suite.backend, x, &ids, weight, bias, shape).unwrap();
+    let expected = choose(&suite.reference, x, &ids, weight, bias, shape).unwrap();
+    assert_eq!(got.0.len(), rows * shape.top_k, "chosen experts");
+    got.0.chunks(shape.top_k).for_each(|row| assert!(row.is_sorted_by(|a, b| a < b), "{row:?} ascends"));
+    // Between classes, a row may fall on the other side of a tie; the rows that agree are compared.
+    let rows_of = |chosen: &[u16]| chosen.chunks(shape.top_k).map(<[u16]>::to_vec).collect::<Vec<_>>();
+    let same: Vec<bool> =
+        rows_of(&got.0).iter().zip(rows_of(&expected.0)).map(|(got, expected)| *got == expected).collect();
+    let differing = same.iter().filter(|same| !**same).count();
+    match suite.tolerance {
+        Tolerance::Bits => assert_eq!(got.0, expected.0, "chosen experts"),
+        Tolerance::Distance(_) => {
+            assert!(differing <= 1 + rows / 20, "{differing} of {rows} rows differ")
+        }
+    }
+    let weights_of = |weights: &[f32]| -> Vec<f32> {
+        let rows = weights.chunks(shape.top_k).zip(&same).filter(|(_, same)| **same);
+        rows.flat_map(|(row, _)| row.to_vec()).collect()
+    };
+    suite.compare("gate weights", &weights_of(&got.1), &weights_of(&expected.1), shape.top_k);
 }
 
 /// A NaN is refused with its place when the choice is asked for, and the next gate is none the worse.
@@ -117,7 +125,13 @@ pub(super) fn nan_gate<B: Backend>(suite: &Suite<'_, B>) {
 }
 
 /// Rows in the dispatch format of the class.
-fn encoded<B: Backend>(backend: &B, x: &[f32], rows: usize, cols: usize, scales: ScaleFormat) -> EncodedRows {
+pub(super) fn encoded<B: Backend>(
+    backend: &B,
+    x: &[f32],
+    rows: usize,
+    cols: usize,
+    scales: ScaleFormat,
+) -> EncodedRows {
     let queue = &mut backend.queue().unwrap();
     let x = activations(backend, x, cols, 1);
     let mut sent = backend.alloc_rows(rows, cols).unwrap();
@@ -148,12 +162,24 @@ pub(super) struct Experts {
 
 impl Experts {
     pub(super) fn new(stream: &mut Stream, count: usize, hidden: usize, inner: usize) -> Self {
+        Self::of(stream, count, hidden, inner, None)
+    }
+
+    /// As [`Self::new`], all of one element type if it is given.
+    pub(super) fn of(
+        stream: &mut Stream,
+        count: usize,
+        hidden: usize,
+        inner: usize,
+        dtype: Option<Dtype>,
+    ) -> Self {
         let expert = |_| {
-            let dtype = Dtype::any(stream);
+            let mut drawn = || dtype.unwrap_or_else(|| Dtype::any(stream));
+            let (up, down) = (drawn(), drawn());
             [
-                Matrix::new(stream, dtype, inner, hidden),
-                Matrix::new(stream, dtype, inner, hidden),
-                Matrix::any(stream, hidden, inner),
+                Matrix::new(stream, up, inner, hidden),
+                Matrix::new(stream, up, inner, hidden),
+                Matrix::new(stream, down, hidden, inner),
             ]
         };
         Self { hidden, matrices: (0..count).map(expert).collect() }
@@ -206,6 +232,53 @@ pub(super) fn grouped<B: Backend>(suite: &Suite<'_, B>) {
         let expected = experts.run(&suite.reference, &experts.table(&suite.reference), &x, &pass);
         suite.compare("grouped_ffn", &got, &expected, hidden);
     });
+}
+
+/// Experts that a kernel may take in whole blocks, with as many rows as it has room for and one more: the same pairs
+/// in a pass of few rows an expert and in one of many have the same bits, and both are near the reference.
+pub(super) fn whole_blocks<B: Backend>(suite: &Suite<'_, B>) {
+    for (case, dtype) in [Dtype::E4m3, Dtype::E4m3Powers].into_iter().enumerate() {
+        let stream = &mut Stream::new(51 + case as u64);
+        let (hidden, inner) = ([256, 512][case], [384, 128][case]);
+        let experts = Experts::of(stream, 5, hidden, inner, Some(dtype));
+        let rows = 90;
+        let x = encoded(&suite.reference, &stream.values(rows * hidden), rows, hidden, ScaleFormat::F32);
+        let (on_device, on_host) = (experts.table(suite.backend), experts.table(&suite.reference));
+        // Pairs of each expert; the last has few at first, then more than any block takes.
+        let pass = |last: usize| {
+            let counts = [1, 0, 31, 33, last];
+            let pairs: usize = counts.iter().sum();
+            let input: Vec<u32> = (0..pairs).map(|pair| (pair * 7 % rows) as u32).collect();
+            let mut output: Vec<u32> = (0..pairs as u32).collect();
+            output[..65].reverse();
+            let groups: Vec<RowGroup> =
+                counts.iter().enumerate().map(|(expert, rows)| RowGroup { expert, rows: *rows }).collect();
+            (input, output, groups)
+        };
+        let run = |last: usize| {
+            let (input, output, groups) = pass(last);
+            experts.run(
+                suite.backend,
+                &on_device,
+                &x,
+                &PassRows { input: &input, output: &output, groups: &groups },
+            )
+        };
+        let few = run(64);
+        for last in [0, 1, 8, 63, 65, 200] {
+            let common = (65 + last.min(64)) * hidden;
+            same_bits(
+                &format!("beside an expert of {last} rows"),
+                &run(last)[..common],
+                &few[..common],
+                hidden,
+            );
+        }
+        let (input, output, groups) = pass(64);
+        let pass = PassRows { input: &input, output: &output, groups: &groups };
+        let expected = experts.run(&suite.reference, &on_host, &x, &pass);
+        suite.compare("grouped_ffn", &few, &expected, hidden);
+    }
 }
 
 struct Combine {

@@ -66,9 +66,14 @@ pub(super) fn dense_rows<B: Backend>(suite: &Suite<'_, B>) {
 /// An expert's row does not depend on which other rows and experts share the pass, nor on where it lies.
 pub(super) fn expert_rows<B: Backend>(suite: &Suite<'_, B>) {
     let granules = |width: usize| width.next_multiple_of(suite.granule);
-    let (hidden, inner) = (granules(96), granules(200));
+    expert_rows_of(suite, granules(96), granules(200), None);
+    // What kernels of whole blocks take.
+    expert_rows_of(suite, 256, 128, Some(Dtype::E4m3));
+}
+
+fn expert_rows_of<B: Backend>(suite: &Suite<'_, B>, hidden: usize, inner: usize, dtype: Option<Dtype>) {
     let stream = &mut Stream::new(12);
-    let experts = Experts::new(stream, 2, hidden, inner);
+    let experts = Experts::of(stream, 2, hidden, inner, dtype);
     let backend = suite.backend;
     let table = experts.table(backend);
     let rows = 150;
@@ -116,7 +121,7 @@ pub(super) fn chunks<B: Backend>(suite: &Suite<'_, B>) {
     let small = Widths { heads: 3, nope: 24, rope: 8, v: 20, kv_lora: 72 };
     let widths = suite.attention.first().unwrap_or(&small);
     let rows = 150;
-    let case = Case::new(13, Dtype::E4m3, widths, &[(0, rows)]);
+    let case = Case::new(13, Dtype::E4m3, widths, &[(0, rows)], 2.0);
     let sequence = &case.sequences[0];
     let (query, cols) = (widths.heads * (widths.nope + widths.rope), widths.heads * widths.v);
     let filled = case.fill(suite.backend, 0);
@@ -146,7 +151,7 @@ pub(super) fn chunks<B: Backend>(suite: &Suite<'_, B>) {
 pub(super) fn company<B: Backend>(suite: &Suite<'_, B>) {
     let small = Widths { heads: 5, nope: 16, rope: 16, v: 16, kv_lora: 48 };
     let widths = suite.attention.first().unwrap_or(&small);
-    let mut case = Case::new(14, Dtype::Bf16, widths, &[(130, 1), (64, 1), (3, 1), (200, 2), (10, 40)]);
+    let mut case = Case::new(14, Dtype::Bf16, widths, &[(130, 1), (64, 1), (3, 1), (200, 2), (10, 40)], 2.0);
     let cols = widths.heads * widths.v;
     let run = |case: &Case, picked: &[usize]| -> Vec<Vec<f32>> {
         let filled = case.fill(suite.backend, 1);

@@ -5,7 +5,11 @@ use std::sync::Arc;
 use cadre_numerics::quant;
 use cadre_ops::{Ffn, OpsError, RowFormat, check, check::Dims};
 
-use super::{Input, Kind, Output, Which, product};
+use super::{
+    Input, Kind, Output, Which,
+    block::{active, list},
+    product, scales_of,
+};
 use crate::{
     backend::{
         CudaBackend, Pass, over,
@@ -30,7 +34,7 @@ pub struct ExpertTable {
     /// Per expert the addresses of words and scales and the kind: of gate_up, then of down.
     addresses: Memory,
     /// The kinds that there are.
-    kinds: (Vec<Kind>, Vec<Kind>),
+    pub(super) kinds: (Vec<Kind>, Vec<Kind>),
 }
 
 impl ExpertTable {
@@ -52,8 +56,7 @@ impl CudaBackend {
         let shape = |ffn: &Arc<Ffn<Weight>>| (ffn.gate_up.dims.cols, ffn.inner, ffn.down.dims.rows);
         check::expert_table(op, experts.iter().map(shape))?;
         let row = |weight: &Weight| {
-            let scales = weight.scales.as_ref().map_or(0, Memory::address);
-            [weight.words.address(), scales, u64::from(Kind::of(weight).number())]
+            [weight.words.address(), scales_of(weight), u64::from(Kind::of(weight).number())]
         };
         let kinds = |part: fn(&Ffn<Weight>) -> &Weight| {
             let mut kinds: Vec<Kind> = experts.iter().map(|ffn| Kind::of(part(ffn))).collect();
@@ -84,6 +87,9 @@ impl CudaBackend {
         let pairs = pass.info().pairs;
         if pairs == 0 {
             return Ok(());
+        }
+        if self.covers_blocks(pass, experts, x) {
+            return self.whole_blocks(op, queue, pass, experts, x, y);
         }
         if experts.kinds.0.iter().chain(&experts.kinds.1).any(|kind| kind.tiles) {
             return self.tile_experts(op, queue, pass, experts, shape, x, y);
@@ -197,31 +203,11 @@ impl CudaBackend {
         cols: usize,
         args: GemmArgs,
     ) -> Result<(), OpsError> {
-        let mut first = 0;
-        let mut groups = Vec::new();
-        for group in pass.groups() {
-            let ffn = &experts.experts[group.expert];
-            let weight = if first_half { &ffn.gate_up } else { &ffn.down };
-            if group.rows > 0 && Kind::of(weight) == kind {
-                groups.push((ffn, first, group.rows));
-            }
-            first += group.rows;
-        }
+        let groups = active(pass.groups(), experts, |ffn| {
+            Kind::of(if first_half { &ffn.gate_up } else { &ffn.down }) == kind
+        });
         for groups in groups.chunks(MOST_GROUPS) {
-            // Addresses of both matrices, then rows, then first pairs.
-            let mut words = Vec::with_capacity(groups.len() * 10);
-            for (ffn, ..) in groups {
-                for weight in [&ffn.gate_up, &ffn.down] {
-                    let scales = weight.scales.as_ref().map_or(0, Memory::address);
-                    words.extend(
-                        [weight.words.address(), scales].iter().flat_map(|a| [*a as u32, (a >> 32) as u32]),
-                    );
-                }
-            }
-            words.extend(groups.iter().map(|(.., rows)| *rows as u32));
-            words.extend(groups.iter().map(|(_, first, _)| *first as u32));
-            let table = queue.arguments(op, &words)?;
-            let counts = table + 32 * groups.len() as u64;
+            let (table, counts, offsets) = list(op, queue, groups)?;
             let pairs: usize = groups.iter().map(|(.., rows)| rows).sum();
             let args = GemmArgs {
                 x: x.0,
@@ -229,7 +215,7 @@ impl CudaBackend {
                 gather,
                 table,
                 counts,
-                offsets: counts + 4 * groups.len() as u64,
+                offsets,
                 x_row: tensor::row_bytes(cols, kind.elements),
                 xs_row: quant::blocks(cols) as i32,
                 groups: groups.len() as i32,
