@@ -108,6 +108,9 @@ impl LoadArgs {
             let model = in_process::model_name(&self.in_process.model);
             runtime::block_on(self.measure(engine, "one engine", &model, &shape, None))
         } else {
+            if !self.in_process.weights.options().is_plain() {
+                bail!("--weights and --override are of --in-process: a cluster has its own");
+            }
             runtime::block_on(async {
                 let cluster = Cluster::connect(&self.grpc).await?;
                 let model = cluster.model.name.clone();

@@ -9,13 +9,15 @@ use cadre_checkpoint::{
 };
 use clap::Args;
 
-use crate::{output, progress};
+use crate::{output, progress, weights::WeightsArgs};
 
 /// Describes a checkpoint from its headers and its text files.
 #[derive(Args, Debug)]
 pub(crate) struct InspectArgs {
     /// A Hugging Face folder.
     dir: PathBuf,
+    #[command(flatten)]
+    weights: WeightsArgs,
     /// Expert shards of the layout to describe.
     #[arg(long, value_name = "N", default_value_t = 4)]
     shards: usize,
@@ -40,6 +42,7 @@ fn problem(finding: cadre_text::Finding) -> Problem {
 pub(crate) fn run(args: &InspectArgs) -> Result<()> {
     let threads = available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let options = Options {
+        weights: args.weights.options(),
         layout: Layout { shards: args.shards, redundant_slots: args.redundant_slots },
         hash: true,
         verify: args.verify.then_some(threads),

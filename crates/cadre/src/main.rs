@@ -22,6 +22,7 @@ mod soak;
 mod stop;
 mod synth;
 mod up;
+mod weights;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

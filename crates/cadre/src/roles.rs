@@ -21,7 +21,7 @@ use clap::Args;
 use serde::Serialize;
 use tokio::sync::oneshot;
 
-use crate::{output, stop};
+use crate::{output, stop, weights::WeightsArgs};
 
 mod expert;
 mod operator;
@@ -42,6 +42,8 @@ struct RoleArgs {
     /// A Hugging Face folder of the DeepSeek-V3 architecture.
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
+    #[command(flatten)]
+    weights: WeightsArgs,
     /// Numerics class: f32, bf16, fp8 or cuda-fp8 (docs/numerics.md). The same for every process of a model.
     #[arg(long, value_name = "CLASS", default_value_t = NumericsClass::Bf16)]
     numerics: NumericsClass,

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use cadre_checkpoint::{Checkpoint, inspect::Totals};
+use cadre_checkpoint::{Checkpoint, WeightsOptions, inspect::Totals};
 use cadre_device::Device;
 use cadre_types::NumericsClass;
 use clap::Args;
@@ -28,7 +28,7 @@ use console::{Console, Output};
 use layout::{Extra, Layout, Threads};
 use secret::SecretFile;
 
-use crate::{chat, client, client::SamplingArgs, output, stop};
+use crate::{chat, client, client::SamplingArgs, output, stop, weights::WeightsArgs};
 
 /// How often readiness is looked at while the cluster starts.
 const LOOK: Duration = Duration::from_millis(100);
@@ -43,6 +43,8 @@ pub(crate) struct UpArgs {
     /// directory or above the executable]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
+    #[command(flatten)]
+    weights: WeightsArgs,
     /// Prefill workers; 0 lets the decode workers compute prompts themselves.
     #[arg(long, value_name = "N", default_value_t = 1)]
     prefill: usize,
@@ -121,7 +123,7 @@ pub(crate) async fn run(args: UpArgs) -> Result<()> {
     let executable = std::env::current_exe().context("find our own executable")?;
     let directory = std::env::current_dir().context("find the working directory")?;
     let model = checkpoint::find(args.model.clone(), &directory, &executable)?;
-    let name = describe(&model)?;
+    let name = describe(&model, &args.weights.options())?;
     free(&args.grpc, "gRPC", "--grpc")?;
     free(&args.http, "HTTP", "--http")?;
 
@@ -157,6 +159,7 @@ impl UpArgs {
             shards: self.experts,
             redundant_slots: self.redundant_slots,
             model,
+            weights: self.weights.options(),
             numerics: self.numerics.to_string(),
             device: self.device,
             threads: Threads {
@@ -178,8 +181,11 @@ impl UpArgs {
 }
 
 /// The checkpoint in a few words. Refuses a bad one once and in one place, before every process does.
-fn describe(model: &Path) -> Result<String> {
-    let checkpoint = Checkpoint::open(model)?;
+fn describe(model: &Path, weights: &WeightsOptions) -> Result<String> {
+    let checkpoint = Checkpoint::open_with(model, weights)?;
+    if !weights.is_plain() {
+        output::note(&format!("warning: not the published model: weights {weights}"));
+    }
     for warning in checkpoint.warnings() {
         output::note(&format!("warning: {warning}"));
     }

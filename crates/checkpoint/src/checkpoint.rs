@@ -23,8 +23,19 @@ use crate::{
     header::Dtype,
     listing::{self, CONFIG_FILE, Listing},
     problem::{About, Problem, ProblemKind, Problems},
+    random::{DrawnView, Random},
     table::{BLOCK, SCALE_SUFFIX, expert_names},
+    weights::WeightsOptions,
 };
+
+/// A matrix, wherever its elements come from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum MatrixSource<'a> {
+    /// In a file.
+    Stored(MatrixView<'a>),
+    /// Drawn.
+    Drawn(DrawnView),
+}
 
 /// A matrix in the checkpoint's own bytes: row-major `[rows, cols]`, little-endian, any alignment.
 #[derive(Clone, Debug, PartialEq)]
@@ -70,27 +81,48 @@ pub struct Checkpoint {
     config: ModelConfig,
     defaults: Vec<DefaultedField>,
     warnings: Problems,
+    weights: WeightsOptions,
+    /// Empty if weights are drawn.
     pub(crate) catalog: Catalog,
+    random: Option<Random>,
     hash: OnceLock<ModelHash>,
 }
 
 impl Checkpoint {
     /// Opens and checks the checkpoint in `dir`. The error lists everything that is wrong.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, CheckpointError> {
+        Self::open_with(dir, &WeightsOptions::default())
+    }
+
+    /// As [`Self::open`], with weights from elsewhere and another configuration. Random weights need no files but
+    /// `config.json`.
+    pub fn open_with(dir: impl AsRef<Path>, weights: &WeightsOptions) -> Result<Self, CheckpointError> {
         let dir = dir.as_ref();
-        let mut survey = Survey::new(dir);
+        let mut survey = Survey::new(dir, weights);
         match (survey.parsed.take(), survey.problems.is_empty()) {
             (Some((config_bytes, parsed)), true) => Ok(Self {
                 dir: dir.to_owned(),
                 config_bytes,
+                random: weights.seed().map(|seed| Random::new(&parsed.config, seed)),
                 config: parsed.config,
                 defaults: parsed.defaults,
                 warnings: survey.warnings,
+                weights: weights.clone(),
                 catalog: survey.listing.catalog,
                 hash: OnceLock::new(),
             }),
+            _ if !weights.overrides.is_empty() => Err(CheckpointError::Overridden {
+                dir: dir.to_owned(),
+                weights: Box::new(weights.clone()),
+                problems: survey.problems,
+            }),
             _ => Err(CheckpointError::Invalid { dir: dir.to_owned(), problems: survey.problems }),
         }
+    }
+
+    /// Where its weights come from, and what was changed of its configuration.
+    pub fn weights(&self) -> &WeightsOptions {
+        &self.weights
     }
 
     /// The directory.
@@ -115,10 +147,17 @@ impl Checkpoint {
 
     /// Whether the checkpoint has the tensor (only MTP copies of embedding and head may be absent).
     pub fn contains(&self, name: &str) -> bool {
-        self.catalog.get_known(name).is_some()
+        self.random.as_ref().map_or_else(|| self.catalog.get_known(name).is_some(), |random| random.has(name))
     }
 
-    /// A matrix by name. Scales are read, and refused unless finite and positive.
+    /// A matrix by name, to be read or to be drawn.
+    pub fn source(&self, name: &str) -> Result<MatrixSource<'_>, CheckpointError> {
+        let Some(random) = &self.random else { return self.matrix(name).map(MatrixSource::Stored) };
+        let drawn = random.matrix(name).ok_or_else(|| self.no_such(random, name, "matrix"))?;
+        Ok(MatrixSource::Drawn(drawn))
+    }
+
+    /// A matrix of a file by name. Scales are read, and refused unless finite and positive.
     pub fn matrix(&self, name: &str) -> Result<MatrixView<'_>, CheckpointError> {
         let tensor = self.locate(name)?;
         let &[rows, cols] = tensor.shape else {
@@ -135,6 +174,9 @@ impl Checkpoint {
 
     /// A vector by name, in F32. Values that are not finite are refused.
     pub fn vector_f32(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
+        if let Some(random) = &self.random {
+            return random.vector(name).ok_or_else(|| self.no_such(random, name, "vector"));
+        }
         let tensor = self.locate(name)?;
         let &[_] = tensor.shape else {
             return Err(wrong_rank(&tensor, "vector"));
@@ -156,7 +198,13 @@ impl Checkpoint {
         Ok([self.matrix(&gate)?, self.matrix(&up)?, self.matrix(&down)?])
     }
 
-    /// The byte ranges of a routed expert: what [`Self::expert`] and its reader touch, scales included.
+    /// Bytes of a routed expert, scales included.
+    pub fn expert_size(&self, layer: LayerId, expert: LogicalExpert) -> Result<u64, CheckpointError> {
+        self.expert_names(layer, expert)?.iter().map(|name| self.tensor_bytes(name)).sum()
+    }
+
+    /// The byte ranges of a routed expert: what [`Self::expert`] and its reader touch, scales included. None if
+    /// weights are drawn.
     pub fn expert_bytes(
         &self,
         layer: LayerId,
@@ -173,13 +221,23 @@ impl Checkpoint {
 
     /// Bytes of a tensor in the files, its scales included.
     pub fn tensor_bytes(&self, name: &str) -> Result<u64, CheckpointError> {
+        if let Some(random) = &self.random {
+            return random.bytes(name).ok_or_else(|| self.unknown(name));
+        }
         self.locate(name)?;
         Ok(self.with_scales(name).map(|tensor| tensor.range().len() as u64).sum())
     }
 
     /// Takes a tensor's bytes, and its scales', into a digest. Cheapest while they are in memory: after packing,
     /// before [`Self::release`].
+    ///
+    /// Of a drawn tensor it is what the tensor is drawn from.
     pub fn digest(&self, name: &str, into: &mut Digest) -> Result<(), CheckpointError> {
+        if let Some(random) = &self.random {
+            self.known_to(random, name)?;
+            random.digest(name, into);
+            return Ok(());
+        }
         self.locate(name)?;
         self.with_scales(name).for_each(|tensor| into.part(tensor.bytes()));
         Ok(())
@@ -187,6 +245,9 @@ impl Checkpoint {
 
     /// Drops the pages of a tensor, and of its scales, from this process. Call it after repacking.
     pub fn release(&self, name: &str) -> Result<(), CheckpointError> {
+        if let Some(random) = &self.random {
+            return self.known_to(random, name);
+        }
         self.locate(name)?;
         for tensor in self.with_scales(name) {
             tensor.shard.mapping.release(tensor.range())?;
@@ -201,6 +262,9 @@ impl Checkpoint {
 
     /// Asks the kernel to read a tensor, and its scales, ahead.
     pub fn will_need(&self, name: &str) -> Result<(), CheckpointError> {
+        if let Some(random) = &self.random {
+            return self.known_to(random, name);
+        }
         self.locate(name)?;
         for tensor in self.with_scales(name) {
             tensor.shard.mapping.will_need(tensor.range())?;
@@ -211,7 +275,10 @@ impl Checkpoint {
     /// Identifies the weights (docs/checkpoint.md says over what). Computed on the first call, which
     /// reads the headers and 64 KiB of each shard.
     pub fn model_hash(&self) -> ModelHash {
-        *self.hash.get_or_init(|| hash::model_hash(&self.config_bytes, &self.catalog))
+        *self.hash.get_or_init(|| match &self.random {
+            Some(random) => random.model_hash(&self.config),
+            None => hash::model_hash(&self.config_bytes, &self.weights, &self.catalog),
+        })
     }
 
     fn expert_names(&self, layer: LayerId, expert: LogicalExpert) -> Result<[String; 3], CheckpointError> {
@@ -228,9 +295,31 @@ impl Checkpoint {
     }
 
     fn locate(&self, name: &str) -> Result<Tensor<'_>, CheckpointError> {
-        self.catalog
-            .get_known(name)
-            .ok_or_else(|| CheckpointError::UnknownTensor { dir: self.dir.clone(), name: name.to_owned() })
+        if self.random.as_ref().is_some_and(|random| random.has(name)) {
+            return Err(CheckpointError::Drawn { dir: self.dir.clone(), name: name.to_owned() });
+        }
+        self.catalog.get_known(name).ok_or_else(|| self.unknown(name))
+    }
+
+    fn unknown(&self, name: &str) -> CheckpointError {
+        CheckpointError::UnknownTensor { dir: self.dir.clone(), name: name.to_owned() }
+    }
+
+    fn known_to(&self, random: &Random, name: &str) -> Result<(), CheckpointError> {
+        if random.has(name) { Ok(()) } else { Err(self.unknown(name)) }
+    }
+
+    /// Why a drawn tensor cannot be had as a matrix or a vector.
+    fn no_such(&self, random: &Random, name: &str, wanted: &'static str) -> CheckpointError {
+        match random.shape(name) {
+            None => self.unknown(name),
+            Some(shape) => CheckpointError::WrongRank {
+                file: self.dir.clone(),
+                name: name.to_owned(),
+                shape: shape.to_vec(),
+                wanted,
+            },
+        }
     }
 
     /// The tensor and, if it is quantised, its scales.
@@ -260,17 +349,21 @@ pub(crate) struct Survey {
 }
 
 impl Survey {
-    pub(crate) fn new(dir: &Path) -> Self {
+    pub(crate) fn new(dir: &Path, weights: &WeightsOptions) -> Self {
         let (mut problems, mut warnings) = (Problems::default(), Problems::default());
-        let mut parsed = listing::read_config(dir, &mut problems).and_then(|bytes| {
-            match config::parse(&dir.join(CONFIG_FILE), &bytes) {
-                Ok(parsed) => Some((bytes, parsed)),
-                Err(found) => {
-                    problems.extend(found);
-                    None
+        let mut parsed =
+            listing::read_config(dir, &mut problems).and_then(|bytes| {
+                match config::parse_with(&dir.join(CONFIG_FILE), &bytes, weights) {
+                    Ok(parsed) => Some((bytes, parsed)),
+                    Err(found) => {
+                        problems.extend(found);
+                        None
+                    }
                 }
-            }
-        });
+            });
+        if weights.seed().is_some() {
+            return Self { parsed, listing: Listing::default(), problems, warnings };
+        }
         let mut listing = listing::read(dir, &mut problems, &mut warnings);
         if let Some((_, parsed)) = &mut parsed {
             if check::mtp_is_absent(&parsed.config, &listing, &mut warnings) {

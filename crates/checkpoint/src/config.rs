@@ -8,13 +8,16 @@
 //! [`validate()`] bounds every size, so that no product of sizes overflows and no later stage divides by
 //! zero: a [`ModelConfig`] that went through it can be used without further checks.
 
-use std::path::Path;
+use std::{cell::RefCell, path::Path};
 
 use cadre_types::ModelConfig;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::problem::{About, ProblemKind, Problems};
+use crate::{
+    problem::{About, ProblemKind, Problems},
+    weights::WeightsOptions,
+};
 
 mod fields;
 mod quantization;
@@ -48,9 +51,14 @@ const INDEXER_FIX: &str =
 
 /// Parses the bytes of the configuration at `file`; all that is wrong with it comes back at once.
 pub fn parse(file: &Path, bytes: &[u8]) -> Result<ParsedConfig, Problems> {
+    parse_with(file, bytes, &WeightsOptions::default())
+}
+
+/// As [`parse`], with some fields overridden. Only fields that are read can be.
+pub fn parse_with(file: &Path, bytes: &[u8], weights: &WeightsOptions) -> Result<ParsedConfig, Problems> {
     let about = About::new(file);
     let mut problems = Problems::default();
-    let object = match serde_json::from_slice::<Value>(bytes) {
+    let mut object = match serde_json::from_slice::<Value>(bytes) {
         Ok(Value::Object(object)) => object,
         other => {
             let found = match other {
@@ -66,9 +74,26 @@ pub fn parse(file: &Path, bytes: &[u8]) -> Result<ParsedConfig, Problems> {
             return Err(problems);
         }
     };
-    let mut defaults = Vec::new();
-    let mut fields = Fields::new(&about, &object, "", &mut problems, &mut defaults);
+    for (field, expected, found) in weights.apply(&mut object) {
+        let fix = "give each --override once, for a field that config.json can have";
+        problems.push(about.field(ProblemKind::BadValue, &field, expected, found, fix));
+    }
+    let (mut defaults, read_fields) = (Vec::new(), RefCell::default());
+    let mut fields = Fields::new(&about, &object, "", &mut problems, &mut defaults, &read_fields);
     let config = read(&mut fields, &object);
+    let read_fields = read_fields.into_inner();
+    for change in weights.overrides.iter().filter(|change| !read_fields.contains(&change.key)) {
+        let known: Vec<&str> = read_fields.iter().map(String::as_str).collect();
+        let expected = format!("a field that is read: {}", known.join(", "));
+        let fix = "correct the name after --override";
+        problems.push(about.field(
+            ProblemKind::BadValue,
+            &change.key,
+            expected,
+            format!("--override {change}"),
+            fix,
+        ));
+    }
     let Some(config) = config.filter(|_| problems.is_empty()) else {
         return Err(problems);
     };

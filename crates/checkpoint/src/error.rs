@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use cadre_mapping::MappingError;
 use cadre_types::{LayerId, LogicalExpert};
 
-use crate::problem::Problems;
+use crate::{problem::Problems, weights::WeightsOptions};
 
 /// The errors of [`crate::Checkpoint`].
 #[derive(Debug, thiserror::Error)]
@@ -17,6 +17,29 @@ pub enum CheckpointError {
         dir: PathBuf,
         /// What is wrong.
         problems: Problems,
+    },
+    /// The directory with these weights and overrides makes no usable model.
+    #[error(
+        "checkpoint {dir}, {weights}: cannot be used ({total} problems; with files only fields that leave every tensor \
+         its shape can be overridden, sizes need --weights random:SEED):\n{problems}",
+        dir = dir.display(),
+        total = problems.total()
+    )]
+    Overridden {
+        /// The directory.
+        dir: PathBuf,
+        /// Source and overrides.
+        weights: Box<WeightsOptions>,
+        /// What is wrong.
+        problems: Problems,
+    },
+    /// Random weights lie in no file.
+    #[error("checkpoint {dir}: `{name}` is drawn, there are no bytes of it", dir = dir.display())]
+    Drawn {
+        /// The directory.
+        dir: PathBuf,
+        /// The name asked for.
+        name: String,
     },
     /// The tensor is not one of the architecture, or this checkpoint leaves it out.
     #[error("checkpoint {dir}: no tensor `{name}` in its table", dir = dir.display())]

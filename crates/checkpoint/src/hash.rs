@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     catalog::{Catalog, Tensor},
     listing::Shard,
+    weights::WeightsOptions,
 };
 
 /// Samples per shard, the first at its start and the last at its end.
@@ -20,10 +21,13 @@ pub(crate) const SAMPLES: usize = 16;
 /// Bytes per sample: one page.
 pub(crate) const SAMPLE_BYTES: usize = 4096;
 
-pub(crate) fn model_hash(config: &[u8], catalog: &Catalog) -> ModelHash {
+pub(crate) fn model_hash(config: &[u8], weights: &WeightsOptions, catalog: &Catalog) -> ModelHash {
     let mut hash = Sha256::new();
     hash.update(b"cadre checkpoint 1\0");
     part(&mut hash, config);
+    for change in weights.sorted() {
+        part(&mut hash, change.to_string().as_bytes());
+    }
     let known = || catalog.iter().filter(Tensor::is_known);
     hash.update((known().count() as u64).to_le_bytes());
     for tensor in known() {

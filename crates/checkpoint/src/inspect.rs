@@ -16,6 +16,7 @@ use crate::{
     header::Dtype,
     problem::{About, ProblemKind, Problems},
     table::SCALE_SUFFIX,
+    weights::WeightsOptions,
 };
 
 mod render;
@@ -26,6 +27,8 @@ pub use totals::{KvBytes, Layout, LayoutError, LayoutTotals, ShardTotals, TierTo
 /// What to find out.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// Where weights come from, and what is changed of the configuration.
+    pub weights: WeightsOptions,
     /// The layout for which bytes per shard are told.
     pub layout: Layout,
     /// Compute the model hash (reads 64 KiB of each shard).
@@ -39,7 +42,9 @@ pub struct Options {
 pub struct Report {
     /// The directory.
     pub dir: String,
-    /// The configuration, if it could be parsed.
+    /// Where its weights come from, and what was overridden: `files`, `random:1 with n_routed_experts=16`.
+    pub weights: String,
+    /// The configuration in force, if it could be parsed.
     pub config: Option<ModelConfig>,
     /// Fields that took their published default.
     pub defaults: Vec<DefaultedField>,
@@ -78,7 +83,7 @@ pub struct Found {
 
 /// Describes the checkpoint in `dir`. `progress(done, total)` is told bytes while verifying.
 pub fn inspect(dir: &Path, options: &Options, progress: &(dyn Fn(u64, u64) + Sync)) -> Report {
-    let survey = Survey::new(dir);
+    let survey = Survey::new(dir, &options.weights);
     let found = found(&survey);
     let catalog = &survey.listing.catalog;
     let bytes_of = |name: &str| catalog.get(name).map(|tensor| tensor.range().len() as u64);
@@ -102,6 +107,7 @@ pub fn inspect(dir: &Path, options: &Options, progress: &(dyn Fn(u64, u64) + Syn
     }
     let mut report = Report {
         dir: dir.display().to_string(),
+        weights: options.weights.to_string(),
         defaults: parsed.as_ref().map(|parsed| parsed.defaults.clone()).unwrap_or_default(),
         config: parsed.map(|parsed| parsed.config),
         found,
@@ -122,7 +128,7 @@ fn read_weights(dir: &Path, options: &Options, progress: &(dyn Fn(u64, u64) + Sy
     if !report.problems.is_empty() || !(options.hash || options.verify.is_some()) {
         return;
     }
-    match Checkpoint::open(dir) {
+    match Checkpoint::open_with(dir, &options.weights) {
         Ok(checkpoint) => {
             report.model_hash = options.hash.then(|| checkpoint.model_hash());
             if let Some(threads) = options.verify {
@@ -131,7 +137,9 @@ fn read_weights(dir: &Path, options: &Options, progress: &(dyn Fn(u64, u64) + Sy
             }
         }
         // It changed under our hands.
-        Err(CheckpointError::Invalid { problems, .. }) => report.problems.extend(problems),
+        Err(CheckpointError::Invalid { problems, .. } | CheckpointError::Overridden { problems, .. }) => {
+            report.problems.extend(problems)
+        }
         Err(other) => report.problems.push(About::new(dir).file(
             ProblemKind::Unreadable,
             "a checkpoint that opens",

@@ -19,13 +19,17 @@ pub mod header;
 pub mod inspect;
 mod listing;
 mod problem;
+mod random;
 pub mod synth;
 pub mod table;
 mod verify;
+mod weights;
 
-pub use checkpoint::{Checkpoint, FileRange, MatrixBytes, MatrixView};
+pub use checkpoint::{Checkpoint, FileRange, MatrixBytes, MatrixSource, MatrixView};
 pub use digest::Digest;
 pub use error::CheckpointError;
 pub use listing::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE};
 pub use problem::{Problem, ProblemKind, Problems};
+pub use random::{DrawnData, DrawnView};
 pub use table::{TensorSpec, Tier};
+pub use weights::{NoOverride, Override, UnknownSource, WeightsOptions, WeightsSource};

@@ -49,6 +49,8 @@ pub struct MembershipOptions {
     pub backoff: BackoffPolicy,
     /// The cluster's secret, if it has one.
     pub secret: Option<ClusterSecret>,
+    /// Where our weights come from and what is overridden, in words.
+    pub weights: String,
 }
 
 impl MembershipOptions {
@@ -59,6 +61,7 @@ impl MembershipOptions {
             interval: Duration::from_millis(500),
             backoff: BackoffPolicy::default(),
             secret: None,
+            weights: String::new(),
         }
     }
 }
@@ -424,6 +427,7 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
             worker: load.worker,
             loading: load.loading,
             device: load.device,
+            weights: self.options.weights.clone(),
             expert_load: load.expert_load,
             placement_digest: standing.applied.digest,
             prepared_digest: standing.prepared.digest,

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use cadre_checkpoint::WeightsOptions;
 use cadre_device::Device;
 use cadre_proto::secret::ClusterSecret;
 use cadre_types::{AdvertiseError, NumericsClass, PodRef, ShardIndex};
@@ -18,6 +19,8 @@ use tokio::sync::oneshot;
 pub struct ExpertOptions {
     /// The checkpoint; only our experts' byte ranges of it are read.
     pub model_dir: PathBuf,
+    /// Where its weights come from, and what is changed of its configuration. The same in every process of a model.
+    pub weights: WeightsOptions,
     /// Which shard this is.
     pub shard: ShardIndex,
     /// `host:port` of the coordinator (the router's).
@@ -53,6 +56,7 @@ impl ExpertOptions {
         let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         Self {
             model_dir,
+            weights: WeightsOptions::default(),
             shard,
             coordinator: coordinator.into(),
             listen: any_port,

@@ -201,7 +201,10 @@ impl Expert {
         let address = advertised(options.advertise.as_deref(), options.pod_ip, grpc_address)
             .map_err(OptionsError::from)?
             .to_string();
-        let dir = options.model_dir.clone();
+        let (dir, from) = (options.model_dir.clone(), options.weights.clone());
+        if !from.is_plain() {
+            tracing::warn!(weights = %from, "not the published model: random weights or an override");
+        }
         let numerics = options.numerics;
         let backend = BackendOptions {
             device: options.device,
@@ -211,7 +214,7 @@ impl Expert {
         let io = IoThread::start("cadre-expert-io").context("start the dispatch I/O thread")?;
         let drive = Arc::new(Driver::new(io.handle()));
         let (shard, device, weights) = on_thread("cadre-open", move || -> Result<_> {
-            let checkpoint = Arc::new(Checkpoint::open(&dir)?);
+            let checkpoint = Arc::new(Checkpoint::open_with(&dir, &from)?);
             let weights = Generation { model: checkpoint.model_hash(), numerics, epoch: PlacementEpoch(0) };
             let identity = ShardOptions { shard: index, weights, hidden: checkpoint.config().hidden_size };
             let (shard, device) = cadre_device::open(&backend, Open { identity, checkpoint, drive })??;
@@ -503,8 +506,11 @@ fn join(
             v1::LoadProgress { bytes_read: progress.bytes_read, bytes_expected: progress.bytes_expected };
         LoadReport { loading: Some(loading), device: Some(device.read().into()), ..LoadReport::default() }
     };
-    let to =
-        MembershipOptions { secret: options.secret.clone(), ..MembershipOptions::new(&options.coordinator) };
+    let to = MembershipOptions {
+        secret: options.secret.clone(),
+        weights: options.weights.to_string(),
+        ..MembershipOptions::new(&options.coordinator)
+    };
     Ok(membership::join(to, member, weights, load)?)
 }
 

@@ -41,8 +41,7 @@ impl<B: Backend> ExpertLoader<B> {
 
     /// Checkpoint bytes of one expert, scales included.
     pub fn expert_bytes(&self, key: ExpertKey) -> Result<u64, LoadError> {
-        let ranges = self.checkpoint.expert_bytes(key.layer, key.expert)?;
-        Ok(ranges.iter().map(|range| range.range.end - range.range.start).sum())
+        Ok(self.checkpoint.expert_size(key.layer, key.expert)?)
     }
 
     /// Loads one expert.

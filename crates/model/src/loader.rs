@@ -5,8 +5,14 @@
 
 use std::sync::Arc;
 
-use cadre_checkpoint::{Checkpoint, CheckpointError, Digest, MatrixBytes, MatrixView, table::table};
-use cadre_ops::{Backend, HostMatrix, KvLayout, MatrixData, OpsError, backend::Ffn, shape::GateShape};
+use cadre_checkpoint::{
+    Checkpoint, CheckpointError, Digest, DrawnData, DrawnView, MatrixBytes, MatrixSource, MatrixView,
+    table::table,
+};
+use cadre_ops::{
+    Backend, DrawnElements, DrawnMatrix, HostMatrix, KvLayout, MatrixData, OpsError, backend::Ffn,
+    shape::GateShape,
+};
 use cadre_types::{LayerId, ModelConfig, config::ScaleFormat};
 
 use crate::rope::attention_shape;
@@ -210,7 +216,11 @@ impl<'a, B: Backend> Reader<'a, B> {
             query,
             kv_a: self.matrix(&format!("{attention}kv_a_proj_with_mqa.weight"))?,
             kv_a_norm: self.vector(&format!("{attention}kv_a_layernorm.weight"))?,
-            kv_up: self.with_matrix(&kv_b, |backend, matrix| backend.load_kv_up(shape, matrix))?,
+            kv_up: self.with_matrix(
+                &kv_b,
+                |backend, matrix| backend.load_kv_up(shape, matrix),
+                |backend, matrix| backend.draw_kv_up(shape, matrix),
+            )?,
             o: self.matrix(&format!("{attention}o_proj.weight"))?,
             post_norm: self.vector(&format!("{block}post_attention_layernorm.weight"))?,
             mlp: self.mlp(config, layer, &format!("{block}mlp."))?,
@@ -251,29 +261,41 @@ impl<'a, B: Backend> Reader<'a, B> {
     pub(crate) fn ffn(&mut self, prefix: &str) -> Result<Ffn<B::Weight>, LoadError> {
         let names = ["gate_proj", "up_proj", "down_proj"].map(|matrix| format!("{prefix}{matrix}.weight"));
         let [gate, up, down] = &names;
-        let views =
-            [self.checkpoint.matrix(gate)?, self.checkpoint.matrix(up)?, self.checkpoint.matrix(down)?];
+        let sources =
+            [self.checkpoint.source(gate)?, self.checkpoint.source(up)?, self.checkpoint.source(down)?];
         let scales = scale_format(self.checkpoint.config());
-        let [gate_view, up_view, down_view] = views.each_ref().map(|view| host_matrix(view, scales));
-        let packed = self
-            .backend
-            .load_ffn(gate_view, up_view, down_view)
-            .map_err(|source| LoadError::Backend { tensor: format!("{prefix}*"), source })?;
+        let packed = match &sources {
+            [MatrixSource::Stored(gate), MatrixSource::Stored(up), MatrixSource::Stored(down)] => {
+                let [gate, up, down] = [gate, up, down].map(|view| host_matrix(view, scales));
+                self.backend.load_ffn(gate, up, down)
+            }
+            [MatrixSource::Drawn(gate), MatrixSource::Drawn(up), MatrixSource::Drawn(down)] => {
+                let [gate, up, down] = [gate, up, down].map(|view| drawn_matrix(view, scales));
+                self.backend.draw_ffn(&gate, &up, &down)
+            }
+            // A checkpoint's weights all come from one place.
+            _ => Err(OpsError::Device { op: "load_ffn", message: "stored and drawn matrices mixed".into() }),
+        }
+        .map_err(|source| LoadError::Backend { tensor: format!("{prefix}*"), source })?;
         names.iter().try_for_each(|name| self.done(name))?;
         Ok(packed)
     }
 
     fn matrix(&mut self, name: &str) -> Result<B::Weight, LoadError> {
-        self.with_matrix(name, |backend, matrix| backend.load_matrix(matrix))
+        self.with_matrix(name, B::load_matrix, B::draw_matrix)
     }
 
     fn with_matrix<T>(
         &mut self,
         name: &str,
         pack: impl FnOnce(&B, HostMatrix<'_>) -> Result<T, OpsError>,
+        draw: impl FnOnce(&B, &DrawnMatrix<'_>) -> Result<T, OpsError>,
     ) -> Result<T, LoadError> {
-        let (view, scales) = (self.checkpoint.matrix(name)?, scale_format(self.checkpoint.config()));
-        let packed = self.packed(name, |backend| pack(backend, host_matrix(&view, scales)))?;
+        let (source, scales) = (self.checkpoint.source(name)?, scale_format(self.checkpoint.config()));
+        let packed = self.packed(name, |backend| match &source {
+            MatrixSource::Stored(view) => pack(backend, host_matrix(view, scales)),
+            MatrixSource::Drawn(view) => draw(backend, &drawn_matrix(view, scales)),
+        })?;
         self.done(name)?;
         Ok(packed)
     }
@@ -316,6 +338,15 @@ fn resident_bytes(checkpoint: &Checkpoint, with_mtp: bool) -> Result<u64, LoadEr
 /// How activations are quantised for e4m3 matrices of a model.
 pub(crate) fn scale_format(config: &ModelConfig) -> ScaleFormat {
     config.quantization.as_ref().map_or(ScaleFormat::F32, |fp8| fp8.scale_fmt)
+}
+
+fn drawn_matrix(view: &DrawnView, input_scales: ScaleFormat) -> DrawnMatrix<'_> {
+    let elements = match &view.data {
+        DrawnData::F32 => DrawnElements::F32,
+        DrawnData::Bf16 => DrawnElements::Bf16,
+        DrawnData::E4m3 { scales } => DrawnElements::E4m3 { scales, input_scales },
+    };
+    DrawnMatrix { rows: view.rows, cols: view.cols, draw: view.draw, elements }
 }
 
 fn host_matrix<'a>(view: &'a MatrixView<'_>, input_scales: ScaleFormat) -> HostMatrix<'a> {

@@ -6,7 +6,7 @@ mod support;
 use std::sync::Arc;
 
 use cadre_checkpoint::{
-    Checkpoint,
+    Checkpoint, WeightsOptions, WeightsSource,
     synth::{self, SynthSpec, WeightFormat},
 };
 use cadre_model::{ExpertLoader, LoadError, LoadOptions, Model, SegmentKind, Workspace};
@@ -18,7 +18,10 @@ fn open(spec: &SynthSpec, class: NumericsClass) -> Result<Pocket, LoadError> {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path().join("model");
     synth::write(&dir, spec, &|_, _| ()).unwrap();
-    let checkpoint = Arc::new(Checkpoint::open(&dir).unwrap());
+    loaded(Arc::new(Checkpoint::open(&dir).unwrap()), class)
+}
+
+fn loaded(checkpoint: Arc<Checkpoint>, class: NumericsClass) -> Result<Pocket, LoadError> {
     let backend = Arc::new(CpuBackend::new(CpuOptions::new(class)).unwrap());
     let model = Model::load(backend.clone(), &checkpoint, &LoadOptions { mtp: false }, &mut |_| {})?;
     let experts = InPlaceExperts::load(&ExpertLoader::new(backend, checkpoint));
@@ -40,6 +43,35 @@ fn activations_stay_sane_through_many_layers() {
         let count = out.logits.len() as f64;
         let rms = (out.logits.iter().map(|l| f64::from(*l).powi(2)).sum::<f64>() / count).sqrt();
         assert!((0.3..3.0).contains(&rms), "{format:?}: RMS of the logits is {rms}");
+    }
+}
+
+/// Drawn weights are right in scale at the depth of V3, in both formats of scales, and the same for everybody.
+#[test]
+fn drawn_weights_stay_sane_through_61_layers() {
+    for changes in [vec![], vec!["quantization_config.scale_fmt=ue8m0"]] {
+        let changes =
+            [vec!["num_hidden_layers=61", "n_routed_experts=8", "vocab_size=1024"], changes].concat();
+        let options = WeightsOptions {
+            source: WeightsSource::Random { seed: 3 },
+            overrides: changes.iter().map(|text| text.parse().unwrap()).collect(),
+        };
+        let tokens: Vec<u32> = (0..64).map(|i| (i * 37 + 5) % 1024).collect();
+        let logits = |class| {
+            let checkpoint = Checkpoint::open_with(support::repo("models/pocket"), &options).unwrap();
+            let mut model = loaded(Arc::new(checkpoint), class).unwrap();
+            let digest = model.model.weights_digest();
+            let out = model.step(SegmentKind::Prefill, &tokens, 0, &table(tokens.len()), &mut ());
+            (out.logits, digest)
+        };
+        let (first, digest) = logits(NumericsClass::Bf16);
+        assert!(first.iter().all(|logit| logit.is_finite()));
+        let rms = (first.iter().map(|l| f64::from(*l).powi(2)).sum::<f64>() / first.len() as f64).sqrt();
+        assert!((0.3..3.0).contains(&rms), "{changes:?}: RMS of the logits is {rms}");
+        // Tokens are told apart to the end.
+        assert!(relative_distance(&first[..1024], &first[63 * 1024..]) > 0.3);
+        let (again, same) = logits(NumericsClass::Bf16);
+        assert_eq!((again, same), (first, digest));
     }
 }
 

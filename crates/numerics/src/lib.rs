@@ -12,6 +12,7 @@
 //! Read [`linear`] first, then [`reduce`], then [`softmax`].
 
 pub mod bf16;
+pub mod draw;
 pub mod e4m3;
 pub mod exp;
 pub mod linear;

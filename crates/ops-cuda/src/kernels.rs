@@ -134,6 +134,8 @@ kernels! {
     DequantFp8 = "pack" "dequant_fp8" [P, P, P, U32, U32];
     /// Scales of powers of two to F32.
     ScalesUe8m0 = "pack" "scales_ue8m0" [P, P, U32];
+    /// Elements by position.
+    Draw = "draw" "draw" [U64, U64, U64, F32, U32, P];
     /// The published quantiser on BF16 rows, for the products of tensor cores.
     QuantiseBf16 = "quantise" "quantise_bf16" [P, U64, P, P, P, U32, U32, U32];
     /// The same on F32 rows.

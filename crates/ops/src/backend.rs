@@ -24,6 +24,8 @@ use cadre_sampler::{Sample, SampleError};
 use cadre_types::{NumericsClass, PageId, Position, config::ScaleFormat};
 
 use crate::{
+    check,
+    drawn::DrawnMatrix,
     exchange::ExpertRows,
     host::{EncodedRows, HostMatrix, HostMemory, HostVector},
     plan::{Allocation, DeviceIdentity, DeviceMemory, PassLimits},
@@ -176,6 +178,32 @@ pub trait Backend: Send + Sync + 'static {
 
     /// kv_b_proj `[heads * (nope + v), kv_lora]`: per head `nope` key rows, then `v` value rows. Waits.
     fn load_kv_up(&self, shape: &AttentionShape, kv_b: HostMatrix<'_>) -> Result<Self::KvUp, OpsError>;
+
+    /// [`Self::load_matrix`] of a matrix whose elements the device draws: the same bits as of
+    /// [`DrawnMatrix::bytes`], which this default hands over.
+    fn draw_matrix(&self, matrix: &DrawnMatrix<'_>) -> Result<Self::Weight, OpsError> {
+        check::drawn_matrix("draw_matrix", matrix)?;
+        self.load_matrix(matrix.host(&matrix.bytes("draw_matrix")?))
+    }
+
+    /// [`Self::load_ffn`] of drawn matrices.
+    fn draw_ffn(
+        &self,
+        gate: &DrawnMatrix<'_>,
+        up: &DrawnMatrix<'_>,
+        down: &DrawnMatrix<'_>,
+    ) -> Result<Ffn<Self::Weight>, OpsError> {
+        let op = "draw_ffn";
+        check::drawn_ffn(op, gate, up, down)?;
+        let [gates, ups, downs] = [gate.bytes(op)?, up.bytes(op)?, down.bytes(op)?];
+        self.load_ffn(gate.host(&gates), up.host(&ups), down.host(&downs))
+    }
+
+    /// [`Self::load_kv_up`] of a drawn matrix.
+    fn draw_kv_up(&self, shape: &AttentionShape, kv_b: &DrawnMatrix<'_>) -> Result<Self::KvUp, OpsError> {
+        check::drawn_kv_up("draw_kv_up", shape, kv_b)?;
+        self.load_kv_up(shape, kv_b.host(&kv_b.bytes("draw_kv_up")?))
+    }
 
     /// Rotary tables for a shape. Waits.
     fn load_attention(&self, shape: &AttentionShape) -> Result<Self::Attention, OpsError>;

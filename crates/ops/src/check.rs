@@ -1,16 +1,20 @@
 //! Validation that every backend shares, so that a bad call is refused with the same words on each and
 //! kernels may rely on shapes without looking again.
 
-use cadre_numerics::{e4m3, quant};
+use cadre_numerics::e4m3;
 use cadre_types::{NumericsClass, PageId, Position};
 
 use crate::{
     error::OpsError,
     exchange::ExpertRows,
-    host::{HostMatrix, HostRows, MatrixData, RowFormat},
+    host::{HostRows, RowFormat},
     shape::{AttentionShape, GateShape, KvLayout},
     step::{PassInfo, StepInfo},
 };
+
+mod weights;
+
+pub use weights::{drawn_ffn, drawn_kv_up, drawn_matrix, ffn, finite, kv_up, matrix};
 
 /// Rows and columns of a buffer or a matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,78 +62,6 @@ pub fn same_width(op: &'static str, x: Dims, y: Dims, rows: usize) -> Result<(),
     at_least(op, "row capacity of y", y.rows, rows)
 }
 
-/// Sizes of a matrix's data, and values that no kernel may see: elements that are not finite (for e4m3:
-/// NaN codes), scales that are not finite and positive or overflow when folded with 2^8.
-pub fn matrix(op: &'static str, matrix: &HostMatrix<'_>) -> Result<(), OpsError> {
-    let elements = product(op, matrix.rows, matrix.cols)?;
-    match matrix.data {
-        MatrixData::F32(bytes) => {
-            equal(op, "bytes of F32 elements", bytes.len(), elements * 4)?;
-            let values = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
-            finite(op, "element", values)
-        }
-        MatrixData::Bf16(bytes) => {
-            equal(op, "bytes of BF16 elements", bytes.len(), elements * 2)?;
-            let mut codes = bytes.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b));
-            match codes.position(|code| code & 0x7F80 == 0x7F80) {
-                None => Ok(()),
-                Some(index) => Err(OpsError::BadValue { op, what: "element", index, value: f32::NAN }),
-            }
-        }
-        MatrixData::E4m3 { codes, scales, block, .. } => {
-            for (what, side) in [("rows of a scale block", block[0]), ("columns of a scale block", block[1])]
-            {
-                equal(op, what, side, cadre_numerics::BLOCK)?;
-            }
-            equal(op, "bytes of e4m3 codes", codes.len(), elements)?;
-            let blocks = quant::blocks(matrix.rows) * quant::blocks(matrix.cols);
-            equal(op, "block scales", scales.len(), blocks)?;
-            if let Some(index) = codes.iter().position(|code| e4m3::is_nan(*code)) {
-                return Err(OpsError::BadValue { op, what: "e4m3 code", index, value: f32::NAN });
-            }
-            let bad = |s: &f32| !(*s > 0.0 && (*s * e4m3::FOLD).is_finite());
-            match scales.iter().position(bad) {
-                None => Ok(()),
-                Some(index) => Err(OpsError::BadValue { op, what: "scale", index, value: scales[index] }),
-            }
-        }
-    }
-}
-
-/// Every value is finite.
-pub fn finite(
-    op: &'static str,
-    what: &'static str,
-    values: impl IntoIterator<Item = f32>,
-) -> Result<(), OpsError> {
-    match values.into_iter().enumerate().find(|(_, value)| !value.is_finite()) {
-        None => Ok(()),
-        Some((index, value)) => Err(OpsError::BadValue { op, what, index, value }),
-    }
-}
-
-/// gate, up and down of a feed-forward block; returns (hidden, inner).
-pub fn ffn(
-    op: &'static str,
-    gate: &HostMatrix<'_>,
-    up: &HostMatrix<'_>,
-    down: &HostMatrix<'_>,
-) -> Result<(usize, usize), OpsError> {
-    let (hidden, inner) = (gate.cols, gate.rows);
-    equal(op, "rows of up_proj", up.rows, inner)?;
-    equal(op, "columns of up_proj", up.cols, hidden)?;
-    equal(op, "rows of down_proj", down.rows, hidden)?;
-    equal(op, "columns of down_proj", down.cols, inner)?;
-    if std::mem::discriminant(&gate.data) != std::mem::discriminant(&up.data) {
-        let message = "gate_proj and up_proj have different element types".to_owned();
-        return Err(OpsError::Device { op, message });
-    }
-    matrix(op, gate)?;
-    matrix(op, up)?;
-    matrix(op, down)?;
-    Ok((hidden, inner))
-}
-
 /// Sizes of encoded rows.
 pub fn host_rows(op: &'static str, rows: &HostRows<'_>) -> Result<(), OpsError> {
     product(op, rows.rows, rows.cols)?;
@@ -167,14 +99,6 @@ pub fn attention_shape(op: &'static str, shape: &AttentionShape) -> Result<(), O
     at_least(op, "query width", shape.nope + shape.rope, 1)?;
     finite(op, "inverse frequency", shape.inv_freq.iter().copied())?;
     finite(op, "softmax scale", [shape.softmax_scale, shape.rope_magnitude])
-}
-
-/// kv_b of an attention shape.
-pub fn kv_up(op: &'static str, shape: &AttentionShape, kv_b: &HostMatrix<'_>) -> Result<(), OpsError> {
-    attention_shape(op, shape)?;
-    equal(op, "rows of kv_b", kv_b.rows, shape.heads * (shape.nope + shape.v))?;
-    equal(op, "columns of kv_b", kv_b.cols, shape.kv_lora)?;
-    matrix(op, kv_b)
 }
 
 /// A cache geometry; returns its elements.
@@ -476,6 +400,7 @@ mod tests {
 
     use super::*;
     use crate::exchange::ExpertChunk;
+    use crate::host::{HostMatrix, MatrixData};
 
     #[test]
     fn pages_are_checked_for_the_range_asked() {

@@ -15,6 +15,7 @@ mod alone;
 mod attention;
 mod data;
 mod dense;
+mod drawn;
 mod experts;
 mod independence;
 mod published;
@@ -165,6 +166,7 @@ pub fn parts<'a, B: Backend>() -> Vec<(&'static str, Part<'a, B>)> {
         ("huge and tiny inputs", dense::huge_and_tiny),
         ("norms", dense::norms),
         ("feed-forward", dense::feed_forward),
+        ("drawn weights", drawn::weights),
         ("row moves", rows::moves),
         ("transfers", rows::transfers),
         ("staging and events", rows::staging),

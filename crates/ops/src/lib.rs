@@ -18,6 +18,7 @@ pub mod backend;
 pub mod check;
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
+pub mod drawn;
 pub mod error;
 pub mod exchange;
 pub mod gate;
@@ -29,6 +30,7 @@ pub mod shape;
 pub mod step;
 
 pub use backend::{Backend, Ffn};
+pub use drawn::{DrawnElements, DrawnMatrix};
 pub use error::OpsError;
 pub use exchange::{DispatchBatch, ExchangeError, ExchangeTicket, ExpertChunk, ExpertExchange, ExpertRows};
 pub use host::{

@@ -142,6 +142,8 @@ struct Operating {
 pub(crate) struct CoordinatorOptions {
     /// Weights and numerics.
     pub(crate) generation: Generation,
+    /// Where the weights come from, in words.
+    pub(crate) weights: String,
     /// Plans placements.
     pub(crate) planner: Planner,
     /// The layout wanted at start.
@@ -191,7 +193,8 @@ impl Coordinator {
     pub(crate) fn spawn(options: CoordinatorOptions) -> (Self, tokio::task::JoinHandle<()>) {
         let CoordinatorOptions { generation, planner, layout, placement_wait, .. } = options;
         let layouts = Layouts::new(planner, layout, placement_wait);
-        let state = State::new(generation, layouts, options.lease, options.load_window);
+        let state =
+            State::new(generation, layouts, options.lease, options.load_window).with_weights(options.weights);
         Self::spawn_over(state, options.readiness, options.metrics, options.secret.as_ref())
     }
 

@@ -113,6 +113,7 @@ impl Inference for InferenceService {
                 name: model.name.clone(),
                 max_context_tokens: u32::try_from(self.service.limit_tokens()).unwrap_or(u32::MAX),
                 generation: Some(generation.into()),
+                weights: model.weights.to_string(),
             }],
         }))
     }

@@ -176,12 +176,16 @@ async fn model(State(service): State<Service>, id: Result<Path<String>, PathReje
 
 fn describe(service: &Service) -> Value {
     let model: &ServedModel = &service.model;
+    let overrides: serde_json::Map<String, Value> =
+        model.weights.overrides.iter().map(|change| (change.key.clone(), change.value.clone())).collect();
     json!({
         "id": model.name,
         "object": "model",
         "created": model.created_unix_s,
         "owned_by": "cadre",
         "max_model_len": service.limit_tokens(),
+        "weights": model.weights.source.to_string(),
+        "overrides": overrides,
     })
 }
 

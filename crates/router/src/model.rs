@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::error::RouterError;
-use cadre_checkpoint::Checkpoint;
+use cadre_checkpoint::{Checkpoint, WeightsOptions};
 use cadre_proto::v1;
 use cadre_text::Tokenizer;
 use cadre_types::{Generation, ModelConfig, ModelHash, NumericsClass, PlacementEpoch, SamplingParams};
@@ -22,6 +22,8 @@ pub struct ServedModel {
     pub tokenizer: Tokenizer,
     /// Identity of the weights.
     pub hash: ModelHash,
+    /// Where they come from, and what was overridden of the configuration.
+    pub weights: WeightsOptions,
     /// Arithmetic of the cluster.
     pub numerics: NumericsClass,
     /// What a request gets for the fields that it leaves out.
@@ -32,8 +34,16 @@ pub struct ServedModel {
 
 impl ServedModel {
     /// Reads a checkpoint's configuration, headers and tokenizer; no weights.
-    pub fn load(dir: &Path, name: Option<String>, numerics: NumericsClass) -> Result<Self, RouterError> {
-        let checkpoint = Checkpoint::open(dir)?;
+    pub fn load(
+        dir: &Path,
+        weights: &WeightsOptions,
+        name: Option<String>,
+        numerics: NumericsClass,
+    ) -> Result<Self, RouterError> {
+        let checkpoint = Checkpoint::open_with(dir, weights)?;
+        if !weights.is_plain() {
+            tracing::warn!(%weights, "not the published model: random weights or an override");
+        }
         let tokenizer = Tokenizer::load_for(dir, checkpoint.config())?;
         for warning in checkpoint.warnings() {
             tracing::warn!(%warning, "checkpoint");
@@ -51,6 +61,7 @@ impl ServedModel {
             defaults: tokenizer.sampling_defaults().clone(),
             tokenizer,
             hash: checkpoint.model_hash(),
+            weights: weights.clone(),
             numerics,
             created_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         })

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use cadre_checkpoint::WeightsOptions;
 use cadre_proto::secret::ClusterSecret;
 use cadre_types::NumericsClass;
 use serde::Serialize;
@@ -18,6 +19,8 @@ use tokio::sync::oneshot;
 pub struct RouterOptions {
     /// The checkpoint: tokenizer, chat template, configuration and hash are read from it.
     pub model_dir: PathBuf,
+    /// Where its weights come from, and what is changed of its configuration. The same in every process of a model.
+    pub weights: WeightsOptions,
     /// Name under which clients ask for the model; absent is the folder's name.
     pub served_model_name: Option<String>,
     /// The numerics class that every member must run.
@@ -57,6 +60,7 @@ impl RouterOptions {
     pub fn new(model_dir: PathBuf, shards: NonZeroU16) -> Self {
         Self {
             model_dir,
+            weights: WeightsOptions::default(),
             served_model_name: None,
             numerics: NumericsClass::default(),
             shards,

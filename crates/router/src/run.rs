@@ -124,8 +124,9 @@ pub async fn serve(
     listeners: Listeners,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), RouterError> {
-    let RouterOptions { model_dir, served_model_name, numerics, .. } = &options;
-    let (dir, name, numerics) = (model_dir.clone(), served_model_name.clone(), *numerics);
+    let RouterOptions { model_dir, weights, served_model_name, numerics, .. } = &options;
+    let (dir, weights) = (model_dir.clone(), weights.clone());
+    let (name, numerics) = (served_model_name.clone(), *numerics);
     let mut shutdown = std::pin::pin!(shutdown);
     let Listeners { grpc, http, coordinator: coordinator_listener, admin } = listeners;
     let metrics = Metrics::new();
@@ -135,7 +136,7 @@ pub async fn serve(
     let admin_server = admin::serve(admin, metrics, readiness.clone(), admin_routes(known.clone()));
     // Ends with this function, whichever way.
     let background = Background(vec![tokio::spawn(admin_server)]);
-    let loading = tokio::task::spawn_blocking(move || ServedModel::load(&dir, name, numerics));
+    let loading = tokio::task::spawn_blocking(move || ServedModel::load(&dir, &weights, name, numerics));
     // Files may be on a disk that does not answer; the process is ended all the same.
     let loaded = tokio::select! {
         loaded = loading => loaded,
@@ -157,6 +158,7 @@ pub async fn serve(
     planner.plan(layout, &[], PlacementEpoch(1))?;
     let (coordinator, owner) = Coordinator::spawn(CoordinatorOptions {
         generation: model.generation(),
+        weights: model.weights.to_string(),
         planner,
         layout,
         placement_wait: options.placement_wait,

@@ -6,7 +6,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use cadre_checkpoint::{Checkpoint, CheckpointError};
+use cadre_checkpoint::{Checkpoint, CheckpointError, WeightsOptions};
 use cadre_device::{BackendOptions, Device, DeviceError, Isa, OnBackend};
 use cadre_dispatch::{DispatchConfig, DispatchHandle, Dispatcher, LocalConnector};
 use cadre_engine::{Engine, EngineHandle, EngineParts, EngineStartError};
@@ -26,6 +26,8 @@ pub const DEFAULT_KV_PAGES: u32 = 2048;
 /// What to build.
 #[derive(Clone, Debug)]
 pub struct InProcessOptions {
+    /// Where weights come from, and what is changed of the configuration.
+    pub weights: WeightsOptions,
     /// The numerics class.
     pub class: NumericsClass,
     /// What it computes on; absent takes what the machine has.
@@ -48,6 +50,7 @@ impl InProcessOptions {
     /// One shard, no redundancy, defaults otherwise.
     pub fn new(class: NumericsClass) -> Self {
         Self {
+            weights: WeightsOptions::default(),
             class,
             device: None,
             threads: None,
@@ -108,7 +111,7 @@ pub struct InProcess {
 impl InProcess {
     /// Loads a checkpoint and starts an engine over it. Blocks while loading.
     pub fn open(dir: &Path, options: &InProcessOptions) -> Result<Self, InProcessError> {
-        let checkpoint = Arc::new(Checkpoint::open(dir)?);
+        let checkpoint = Arc::new(Checkpoint::open_with(dir, &options.weights)?);
         let backend = BackendOptions {
             device: options.device,
             class: options.class,

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use cadre_checkpoint::WeightsOptions;
 use cadre_device::Device;
 use cadre_ops::RowFormat;
 use cadre_proto::secret::ClusterSecret;
@@ -24,6 +25,8 @@ pub const DEFAULT_KV_BYTES: u64 = 512 << 20;
 pub struct WorkerOptions {
     /// The checkpoint.
     pub model_dir: PathBuf,
+    /// Where its weights come from, and what is changed of its configuration. The same in every process of a model.
+    pub weights: WeightsOptions,
     /// Prompts, decoding, or both.
     pub role: WorkerRole,
     /// `host:port` of the coordinator (the router's).
@@ -63,6 +66,7 @@ impl WorkerOptions {
         let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         Self {
             model_dir,
+            weights: WeightsOptions::default(),
             role,
             coordinator: coordinator.into(),
             listen: any_port,

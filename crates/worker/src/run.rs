@@ -121,8 +121,12 @@ impl Worker {
         let admin_server =
             admin::serve(admin_listener, metrics.clone(), readiness.clone(), axum::Router::new());
         let mut background = vec![AbortOnDrop(tokio::spawn(admin_server))];
-        let dir = options.model_dir.clone();
-        let checkpoint = Arc::new(on_thread("cadre-open", move || Checkpoint::open(&dir)).await??);
+        let (dir, weights) = (options.model_dir.clone(), options.weights.clone());
+        let checkpoint =
+            Arc::new(on_thread("cadre-open", move || Checkpoint::open_with(&dir, &weights)).await??);
+        if !options.weights.is_plain() {
+            tracing::warn!(weights = %options.weights, "not the published model: random weights or an override");
+        }
         for warning in checkpoint.warnings().iter() {
             tracing::warn!(%warning, "checkpoint");
         }

@@ -13,6 +13,8 @@ use cadre_types::{FinishReason, NumericsClass, SamplingParams, StopConditions};
 use cadre_worker::inprocess::{InProcess as Parts, InProcessOptions};
 use clap::Args;
 
+use crate::weights::WeightsArgs;
+
 use super::load::{Shape, Target};
 
 /// Tokens of a KV page.
@@ -27,6 +29,8 @@ pub(crate) struct InProcessArgs {
     /// The checkpoint of the engine.
     #[arg(long, value_name = "DIR", default_value = "models/pocket", requires = "in_process")]
     pub(crate) model: PathBuf,
+    #[command(flatten)]
+    pub(crate) weights: WeightsArgs,
     /// What the engine computes on: cpu or cuda:N. [default: what the machine has]
     #[arg(long, value_name = "DEVICE", requires = "in_process")]
     device: Option<Device>,
@@ -55,6 +59,7 @@ impl InProcess {
         let pages_each = (shape.prompt + shape.generate as usize).div_ceil(PAGE_TOKENS);
         let pages = u32::try_from(pages_each * streams).context("the KV cache of this load is too large")?;
         let options = InProcessOptions {
+            weights: args.weights.options(),
             device: args.device,
             threads: args.threads.map(NonZeroUsize::get),
             shards: args.shards,

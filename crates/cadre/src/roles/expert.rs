@@ -47,6 +47,7 @@ impl ExpertArgs {
     fn options(self) -> Result<ExpertOptions> {
         Ok(ExpertOptions {
             secret: self.role.secret(self.listen)?,
+            weights: self.role.weights.options(),
             listen: self.listen,
             advertise: self.advertise,
             admin: self.admin,

@@ -112,6 +112,7 @@ impl RouterArgs {
     fn options(self) -> Result<RouterOptions> {
         Ok(RouterOptions {
             secret: self.role.secret(self.coordinator)?,
+            weights: self.role.weights.options(),
             served_model_name: self.served_model_name,
             numerics: self.role.numerics,
             redundant_slots: self.redundant_slots,

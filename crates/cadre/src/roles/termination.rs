@@ -109,6 +109,8 @@ fn of_checkpoint(error: &CheckpointError) -> Reason {
         }
         CheckpointError::Mapping(_) => Reason::CheckpointUnreadable,
         CheckpointError::Invalid { .. }
+        | CheckpointError::Overridden { .. }
+        | CheckpointError::Drawn { .. }
         | CheckpointError::UnknownTensor { .. }
         | CheckpointError::WrongRank { .. }
         | CheckpointError::UnknownExpert { .. }

@@ -84,9 +84,11 @@ impl From<RoleName> for WorkerRole {
 impl WorkerArgs {
     fn options(self) -> Result<WorkerOptions> {
         let secret = self.role_args.secret(self.listen)?;
+        let weights = self.role_args.weights.options();
         let defaults = WorkerOptions::new(self.role_args.model, self.role.into(), self.coordinator);
         Ok(WorkerOptions {
             secret,
+            weights,
             listen: self.listen,
             advertise: self.advertise,
             admin: self.admin,

@@ -2,6 +2,7 @@
 
 use std::{ffi::OsString, fmt, path::PathBuf};
 
+use cadre_checkpoint::WeightsOptions;
 use cadre_device::Device;
 use serde::Deserialize;
 
@@ -18,6 +19,8 @@ pub(crate) struct Layout {
     pub(crate) redundant_slots: usize,
     /// The checkpoint.
     pub(crate) model: PathBuf,
+    /// Where its weights come from, and overrides.
+    pub(crate) weights: WeightsOptions,
     /// Numerics class by name.
     pub(crate) numerics: String,
     /// What workers and shards compute on, if it was said.
@@ -157,6 +160,7 @@ impl Layout {
     fn common(&self, role: &str) -> Vec<OsString> {
         let mut args = words([role, "--exit-on-stdin-close", "--model"]);
         args.push(self.model.clone().into());
+        args.extend(self.weights.arguments().into_iter().map(OsString::from));
         args.extend(words(["--numerics", &self.numerics, "--log", &self.log, "--admin", EPHEMERAL]));
         args.extend(words(["--drain-timeout", &self.drain_seconds.to_string(), "--cluster-secret-file"]));
         args.push(self.secret.clone().into());
@@ -203,6 +207,7 @@ mod tests {
             shards: 3,
             redundant_slots: 0,
             model: "models/pocket".into(),
+            weights: WeightsOptions::default(),
             numerics: "bf16".into(),
             device: None,
             threads: Threads { worker: 1, expert: 1 },

@@ -1,5 +1,7 @@
 //! Typed access to the fields of one JSON object: each accessor reports what is wrong and goes on.
 
+use std::{cell::RefCell, collections::BTreeSet};
+
 use cadre_types::TokenId;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -22,6 +24,8 @@ pub(super) struct Fields<'a> {
     prefix: &'static str,
     problems: &'a mut Problems,
     defaults: &'a mut Vec<DefaultedField>,
+    /// Paths that were looked at, there or not.
+    read: &'a RefCell<BTreeSet<String>>,
 }
 
 const COPY_IT: &str = "copy the field from the published config.json of this checkpoint";
@@ -42,8 +46,9 @@ impl<'a> Fields<'a> {
         prefix: &'static str,
         problems: &'a mut Problems,
         defaults: &'a mut Vec<DefaultedField>,
+        read: &'a RefCell<BTreeSet<String>>,
     ) -> Self {
-        Self { about, object, prefix, problems, defaults }
+        Self { about, object, prefix, problems, defaults, read }
     }
 
     /// The object in field `name`, as fields of their own; `None` if absent or (reported) no object.
@@ -61,6 +66,7 @@ impl<'a> Fields<'a> {
             prefix: name,
             problems: self.problems,
             defaults: self.defaults,
+            read: self.read,
         })
     }
 
@@ -82,6 +88,7 @@ impl<'a> Fields<'a> {
 
     /// The value, if present and not null.
     pub(super) fn get(&self, name: &str) -> Option<&'a Value> {
+        self.read.borrow_mut().insert(self.path(name));
         self.object.get(name).filter(|value| !value.is_null())
     }
 

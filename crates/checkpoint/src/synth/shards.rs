@@ -17,7 +17,7 @@ use std::{
     thread,
 };
 
-use cadre_numerics::{bf16, e4m3};
+use cadre_numerics::{bf16, draw::Draw as Normals, e4m3};
 use cadre_types::ModelConfig;
 use serde_json::{Map, json};
 
@@ -254,7 +254,7 @@ fn fill(draw: &Draw, spec: &TensorSpec, start: u64, cols: usize, values: &mut [f
     let stream = draw.stream(duplicate_of(spec).unwrap_or(&spec.name));
     match spec.content {
         Content::Norm => {
-            stream.normals(start, 0.05, values);
+            Normals::normal(stream, 0.05).values(start, values);
             values.iter_mut().for_each(|value| *value += 1.0);
         }
         Content::Bias => {
@@ -262,7 +262,7 @@ fn fill(draw: &Draw, spec: &TensorSpec, start: u64, cols: usize, values: &mut [f
                 *value = draw.bias(&stream, at);
             }
         }
-        _ => stream.normals(start, (cols as f64).recip().sqrt(), values),
+        _ => Normals::normal(stream, (cols as f64).recip().sqrt()).values(start, values),
     }
 }
 

@@ -406,6 +406,7 @@ fn inspect_tells_what_it_can_about_a_wreck() {
     fixture.edit_config(|config| drop(config.insert("scoring_func".into(), json!("softmax"))));
     fs::remove_file(fixture.shard_of(UP)).unwrap();
     let options = Options {
+        weights: cadre_checkpoint::WeightsOptions::default(),
         layout: Layout { shards: 2, redundant_slots: 0 },
         hash: true,
         verify: Some(NonZeroUsize::MIN),

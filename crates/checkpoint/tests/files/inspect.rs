@@ -3,7 +3,7 @@
 use std::{fs, num::NonZeroUsize, os::unix::fs::MetadataExt, path::Path};
 
 use cadre_checkpoint::{
-    Checkpoint, ProblemKind, config,
+    Checkpoint, ProblemKind, WeightsOptions, config,
     inspect::{Layout, Options, Report, Totals, inspect},
     synth::{SynthSpec, WeightFormat},
 };
@@ -13,7 +13,11 @@ use crate::fixture::{Fixture, pocket};
 const NO_LAYOUT: Layout = Layout { shards: 1, redundant_slots: 0 };
 
 fn report(dir: &Path, layout: Layout) -> Report {
-    inspect(dir, &Options { layout, hash: false, verify: None }, &|_, _| {})
+    inspect(
+        dir,
+        &Options { weights: WeightsOptions::default(), layout, hash: false, verify: None },
+        &|_, _| {},
+    )
 }
 
 /// 163 files of headers over holes, 641 GiB long and a few MB on disk.
@@ -84,6 +88,7 @@ fn v3_from_headers_alone() {
 #[test]
 fn the_bundled_checkpoint_is_described() {
     let options = Options {
+        weights: cadre_checkpoint::WeightsOptions::default(),
         layout: Layout { shards: 7, redundant_slots: 5 },
         hash: true,
         verify: Some(NonZeroUsize::new(2).unwrap()),
@@ -133,7 +138,12 @@ fn describing_reads_no_weights() {
     fixture.poke(scale, 0, &f32::NAN.to_le_bytes());
     let light = report(fixture.path(), NO_LAYOUT);
     assert!(light.problems.is_empty() && !light.verified && light.model_hash.is_none());
-    let options = Options { layout: NO_LAYOUT, hash: false, verify: Some(NonZeroUsize::MIN) };
+    let options = Options {
+        weights: cadre_checkpoint::WeightsOptions::default(),
+        layout: NO_LAYOUT,
+        hash: false,
+        verify: Some(NonZeroUsize::MIN),
+    };
     let full = inspect(fixture.path(), &options, &|_, _| {});
     assert_eq!(full.problems.total(), 1);
     assert!(full.to_string().contains(scale));

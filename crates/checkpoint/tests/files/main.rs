@@ -6,4 +6,5 @@ mod damaged;
 mod fixture;
 mod inspect;
 mod open;
+mod random;
 mod synth;

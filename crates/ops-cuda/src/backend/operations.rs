@@ -4,8 +4,8 @@ use std::{ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use cadre_ops::{
-    Allocation, AttentionShape, Backend, DeviceIdentity, DeviceMemory, EncodedRows, ExpertRows, Ffn,
-    GateShape, HostMatrix, HostVector, KvLayout, OpsError, PassLimits, PassRows, RowFormat, SampleRow,
+    Allocation, AttentionShape, Backend, DeviceIdentity, DeviceMemory, DrawnMatrix, EncodedRows, ExpertRows,
+    Ffn, GateShape, HostMatrix, HostVector, KvLayout, OpsError, PassLimits, PassRows, RowFormat, SampleRow,
     StepInfo, StepRows, check, check::Dims,
 };
 use cadre_sampler::{Sample, SampleError};
@@ -144,7 +144,7 @@ impl Backend for CudaBackend {
 
     fn load_matrix(&self, matrix: HostMatrix<'_>) -> Result<Weight, OpsError> {
         check::matrix("load_matrix", &matrix)?;
-        self.loader.matrix("load_matrix", &matrix)
+        self.loader.matrix("load_matrix", (&matrix).into())
     }
 
     fn load_ffn(
@@ -154,7 +154,7 @@ impl Backend for CudaBackend {
         down: HostMatrix<'_>,
     ) -> Result<Ffn<Weight>, OpsError> {
         check::ffn("load_ffn", &gate, &up, &down)?;
-        self.loader.ffn("load_ffn", &gate, &up, &down)
+        self.loader.ffn("load_ffn", (&gate).into(), (&up).into(), (&down).into())
     }
 
     fn load_vector(&self, vector: HostVector<'_>) -> Result<Vector, OpsError> {
@@ -164,7 +164,27 @@ impl Backend for CudaBackend {
 
     fn load_kv_up(&self, shape: &AttentionShape, kv_b: HostMatrix<'_>) -> Result<KvUp, OpsError> {
         check::kv_up("load_kv_up", shape, &kv_b)?;
-        self.loader.kv_up("load_kv_up", shape, &kv_b)
+        self.loader.kv_up("load_kv_up", shape, (&kv_b).into())
+    }
+
+    fn draw_matrix(&self, matrix: &DrawnMatrix<'_>) -> Result<Weight, OpsError> {
+        check::drawn_matrix("draw_matrix", matrix)?;
+        self.loader.matrix("draw_matrix", matrix.into())
+    }
+
+    fn draw_ffn(
+        &self,
+        gate: &DrawnMatrix<'_>,
+        up: &DrawnMatrix<'_>,
+        down: &DrawnMatrix<'_>,
+    ) -> Result<Ffn<Weight>, OpsError> {
+        check::drawn_ffn("draw_ffn", gate, up, down)?;
+        self.loader.ffn("draw_ffn", gate.into(), up.into(), down.into())
+    }
+
+    fn draw_kv_up(&self, shape: &AttentionShape, kv_b: &DrawnMatrix<'_>) -> Result<KvUp, OpsError> {
+        check::drawn_kv_up("draw_kv_up", shape, kv_b)?;
+        self.loader.kv_up("draw_kv_up", shape, kv_b.into())
     }
 
     fn load_attention(&self, shape: &AttentionShape) -> Result<Attention, OpsError> {

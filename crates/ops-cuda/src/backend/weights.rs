@@ -1,9 +1,15 @@
 //! What stays on the device: packed matrices, vectors, rotary tables, and how they get there.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
 
-use cadre_numerics::{BLOCK, quant, rope};
-use cadre_ops::{AttentionShape, ElementType, Ffn, HostMatrix, MatrixData, OpsError, check, check::Dims};
+use cadre_numerics::{BLOCK, draw::Draw, quant, rope};
+use cadre_ops::{
+    AttentionShape, DrawnElements, DrawnMatrix, ElementType, Ffn, HostMatrix, MatrixData, OpsError, check,
+    check::Dims,
+};
 use cadre_types::config::ScaleFormat;
 
 use super::tensor;
@@ -98,10 +104,61 @@ pub(crate) fn up_row(inner: usize) -> usize {
     inner.next_multiple_of(BLOCK)
 }
 
-fn elements_of<'a>(matrix: &HostMatrix<'a>) -> (&'a [u8], &'a [f32], ScaleFormat) {
-    match matrix.data {
-        MatrixData::F32(bytes) | MatrixData::Bf16(bytes) => (bytes, &[], ScaleFormat::F32),
-        MatrixData::E4m3 { codes, scales, input_scales, .. } => (codes, scales, input_scales),
+/// A checked matrix, wherever its elements come from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Source<'a> {
+    dims: Dims,
+    elements: ElementType,
+    raw: Raw<'a>,
+    scales: &'a [f32],
+    input_scales: ScaleFormat,
+}
+
+/// Row-major elements.
+#[derive(Clone, Copy, Debug)]
+enum Raw<'a> {
+    /// In host memory.
+    Bytes(&'a [u8]),
+    /// Drawn on the device.
+    Drawn(Draw),
+}
+
+impl<'a> From<&HostMatrix<'a>> for Source<'a> {
+    fn from(matrix: &HostMatrix<'a>) -> Self {
+        let (raw, scales, input_scales): (&[u8], &[f32], _) = match matrix.data {
+            MatrixData::F32(bytes) | MatrixData::Bf16(bytes) => (bytes, &[], ScaleFormat::F32),
+            MatrixData::E4m3 { codes, scales, input_scales, .. } => (codes, scales, input_scales),
+        };
+        let dims = Dims { rows: matrix.rows, cols: matrix.cols };
+        Self { dims, elements: matrix.data.element_type(), raw: Raw::Bytes(raw), scales, input_scales }
+    }
+}
+
+impl<'a> From<&DrawnMatrix<'a>> for Source<'a> {
+    fn from(matrix: &DrawnMatrix<'a>) -> Self {
+        let (scales, input_scales): (&[f32], _) = match matrix.elements {
+            DrawnElements::F32 | DrawnElements::Bf16 => (&[], ScaleFormat::F32),
+            DrawnElements::E4m3 { scales, input_scales } => (scales, input_scales),
+        };
+        let dims = Dims { rows: matrix.rows, cols: matrix.cols };
+        Self { dims, elements: matrix.element_type(), raw: Raw::Drawn(matrix.draw), scales, input_scales }
+    }
+}
+
+impl Source<'_> {
+    /// Bytes of a row.
+    fn row_bytes(&self) -> usize {
+        self.dims.cols * element_bytes(self.elements)
+    }
+
+    fn bytes(&self) -> usize {
+        self.dims.rows * self.row_bytes()
+    }
+
+    /// Its bytes from 0 on in pieces of `at_once`.
+    fn pieces(&self, at_once: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let bytes = self.bytes();
+        (0..bytes).step_by(at_once.max(1)).map(move |at| at..bytes.min(at + at_once))
     }
 }
 
@@ -132,27 +189,24 @@ impl Loader {
     }
 
     /// A checked matrix in panels.
-    pub(crate) fn matrix(&self, op: &'static str, matrix: &HostMatrix<'_>) -> Result<Weight, OpsError> {
-        let dims = Dims { rows: matrix.rows, cols: matrix.cols };
-        if self.tensor && tensor::covers_matrix(dims, matrix.data.element_type()) {
+    pub(crate) fn matrix(&self, op: &'static str, matrix: Source<'_>) -> Result<Weight, OpsError> {
+        if self.tensor && tensor::covers_matrix(matrix.dims, matrix.elements) {
             return self.tiles(op, matrix);
         }
         self.panels(op, &[matrix])
     }
 
     /// A matrix in tiles.
-    fn tiles(&self, op: &'static str, matrix: &HostMatrix<'_>) -> Result<Weight, OpsError> {
-        let dims = Dims { rows: matrix.rows, cols: matrix.cols };
-        let elements = matrix.data.element_type();
-        let (raw, scales, input_scales) = elements_of(matrix);
+    fn tiles(&self, op: &'static str, matrix: Source<'_>) -> Result<Weight, OpsError> {
+        let Source { dims, elements, scales, input_scales, .. } = matrix;
         let words = Memory::new(&self.device, op, tensor::matrix_bytes(op, dims, elements)?)?;
-        let row_bytes = dims.cols * element_bytes(elements);
+        let row_bytes = matrix.row_bytes();
         let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
         lane.room(op, 128 * row_bytes)?;
         let rows_at_once = lane.raw.bytes() / (128 * row_bytes) * 128;
-        for (i, chunk) in raw.chunks(rows_at_once * row_bytes).enumerate() {
-            lane.bring(op, 0, chunk)?;
-            let rows = chunk.len() / row_bytes;
+        for (i, piece) in matrix.pieces(rows_at_once * row_bytes).enumerate() {
+            let rows = piece.len() / row_bytes;
+            lane.bring(op, 0, &matrix, piece)?;
             let before = Dims { rows: i * rows_at_once, cols: dims.cols };
             let to = words.at(tensor::matrix_bytes(op, before, elements)?);
             let raw = Arg::Pointer(lane.raw.address());
@@ -182,26 +236,18 @@ impl Loader {
     }
 
     /// gate and up in common tiles.
-    fn gate_up_tiles(
-        &self,
-        op: &'static str,
-        gate: &HostMatrix<'_>,
-        up: &HostMatrix<'_>,
-    ) -> Result<Weight, OpsError> {
-        let (inner, hidden, elements) = (gate.rows, gate.cols, gate.data.element_type());
-        let (raw_gate, gate_scales, input_scales) = elements_of(gate);
-        let (raw_up, up_scales, _) = elements_of(up);
+    fn gate_up_tiles(&self, op: &'static str, gate: Source<'_>, up: Source<'_>) -> Result<Weight, OpsError> {
+        let Source { dims: Dims { rows: inner, cols: hidden }, elements, input_scales, .. } = gate;
         let words = Memory::new(&self.device, op, tensor::gate_up_bytes(op, inner, hidden, elements)?)?;
-        let row_bytes = hidden * element_bytes(elements);
+        let row_bytes = gate.row_bytes();
         let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
         lane.room(op, 2 * 64 * row_bytes)?;
         let rows_at_once = lane.raw.bytes() / (2 * 64 * row_bytes) * 64;
         let second = rows_at_once * row_bytes;
-        let chunks = raw_gate.chunks(second).zip(raw_up.chunks(second));
-        for (i, (gate, up)) in chunks.enumerate() {
-            lane.bring(op, 0, gate)?;
-            lane.bring(op, second, up)?;
-            let rows = gate.len() / row_bytes;
+        for (i, piece) in gate.pieces(second).enumerate() {
+            let rows = piece.len() / row_bytes;
+            lane.bring(op, 0, &gate, piece.clone())?;
+            lane.bring(op, second, &up, piece)?;
             let to = words.at(tensor::gate_up_bytes(op, i * rows_at_once, hidden, elements)?);
             let kernel =
                 if elements == ElementType::E4m3 { Kernel::PackGateUpFp8 } else { Kernel::PackGateUpBf16 };
@@ -216,7 +262,7 @@ impl Loader {
             lane.stream.synchronize(op)?;
         }
         let dims = Dims { rows: up_row(inner) + inner, cols: hidden };
-        let scales = lane.scales(op, &self.device, &[gate_scales, up_scales])?;
+        let scales = lane.scales(op, &self.device, &[gate.scales, up.scales])?;
         Ok(Weight { dims, elements, tiles: true, words, scales, input_scales })
     }
 
@@ -224,36 +270,35 @@ impl Loader {
     pub(crate) fn ffn(
         &self,
         op: &'static str,
-        gate: &HostMatrix<'_>,
-        up: &HostMatrix<'_>,
-        down: &HostMatrix<'_>,
+        gate: Source<'_>,
+        up: Source<'_>,
+        down: Source<'_>,
     ) -> Result<Ffn<Weight>, OpsError> {
-        let dims = Dims { rows: gate.rows, cols: gate.cols };
-        let gate_up = if self.tensor && tensor::covers_matrix(dims, gate.data.element_type()) {
+        let inner = gate.dims.rows;
+        let gate_up = if self.tensor && tensor::covers_matrix(gate.dims, gate.elements) {
             self.gate_up_tiles(op, gate, up)?
         } else {
             self.panels(op, &[gate, up])?
         };
-        Ok(Ffn { gate_up, down: self.matrix(op, down)?, inner: gate.rows })
+        Ok(Ffn { gate_up, down: self.matrix(op, down)?, inner })
     }
 
     /// Matrices of one width and element type above each other, each from a panel on.
-    fn panels(&self, op: &'static str, parts: &[&HostMatrix<'_>]) -> Result<Weight, OpsError> {
+    fn panels(&self, op: &'static str, parts: &[Source<'_>]) -> Result<Weight, OpsError> {
         let (first, last) = (parts[0], parts[parts.len() - 1]);
-        let padded: usize = parts[..parts.len() - 1].iter().map(|part| up_row(part.rows)).sum();
-        let dims = Dims { rows: padded + last.rows, cols: first.cols };
-        let elements = first.data.element_type();
+        let padded: usize = parts[..parts.len() - 1].iter().map(|part| up_row(part.dims.rows)).sum();
+        let dims = Dims { rows: padded + last.dims.rows, cols: first.dims.cols };
+        let elements = first.elements;
         let words = Memory::new(&self.device, op, panel_bytes(op, dims, elements)?)?;
         let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
         let mut panel_at = words.address();
         for part in parts {
-            let part_dims = Dims { rows: part.rows, cols: part.cols };
-            lane.pack(op, elements_of(part).0, part_dims, elements, panel_at)?;
-            panel_at += panel_bytes(op, part_dims, elements)? as u64;
+            lane.pack(op, part, panel_at)?;
+            panel_at += panel_bytes(op, part.dims, elements)? as u64;
         }
-        let scales: Vec<&[f32]> = parts.iter().map(|part| elements_of(part).1).collect();
+        let scales: Vec<&[f32]> = parts.iter().map(|part| part.scales).collect();
         let scales = lane.scales(op, &self.device, &scales)?;
-        Ok(Weight { dims, elements, tiles: false, words, scales, input_scales: elements_of(first).2 })
+        Ok(Weight { dims, elements, tiles: false, words, scales, input_scales: first.input_scales })
     }
 
     /// Values as they are.
@@ -270,19 +315,32 @@ impl Loader {
         Ok(memory)
     }
 
+    /// Elements as a checkpoint stores them.
+    fn stored(&self, op: &'static str, matrix: Source<'_>) -> Result<Memory, OpsError> {
+        let memory = Memory::new(&self.device, op, matrix.bytes())?;
+        let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
+        match matrix.raw {
+            Raw::Bytes(bytes) => lane.copy(op, bytes, memory.address())?,
+            Raw::Drawn(draw) => {
+                lane.draw(draw, matrix.elements, 0..matrix.bytes(), memory.address())?;
+                lane.stream.synchronize(op)?;
+            }
+        }
+        Ok(memory)
+    }
+
     /// kv_b, checked.
     pub(crate) fn kv_up(
         &self,
         op: &'static str,
         shape: &AttentionShape,
-        kv_b: &HostMatrix<'_>,
+        kv_b: Source<'_>,
     ) -> Result<KvUp, OpsError> {
-        let dims = Dims { rows: kv_b.rows, cols: kv_b.cols };
-        if self.tensor && tensor::covers_attention(shape) && kv_b.data.element_type() != ElementType::F32 {
+        let dims = kv_b.dims;
+        if self.tensor && tensor::covers_attention(shape) && kv_b.elements != ElementType::F32 {
             return Ok(KvUp { dims, plain: None, tiles: Some(self.kv_up_tiles(op, shape, kv_b)?) });
         }
-        let plain =
-            PlainKvUp { packed: self.panels(op, &[kv_b])?, stored: self.bytes(op, elements_of(kv_b).0)? };
+        let plain = PlainKvUp { packed: self.panels(op, &[kv_b])?, stored: self.stored(op, kv_b)? };
         Ok(KvUp { dims, plain: Some(plain), tiles: None })
     }
 
@@ -290,17 +348,16 @@ impl Loader {
         &self,
         op: &'static str,
         shape: &AttentionShape,
-        kv_b: &HostMatrix<'_>,
+        kv_b: Source<'_>,
     ) -> Result<TiledKvUp, OpsError> {
-        let (raw, scales, _) = elements_of(kv_b);
-        let stored = self.bytes(op, raw)?;
+        let stored = self.stored(op, kv_b)?;
         let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
         let u32s = |value: usize| Arg::U32(value as u32);
-        let source = if kv_b.data.element_type() == ElementType::E4m3 {
-            let scales = lane.scales(op, &self.device, &[scales])?;
-            let out = Memory::new(&self.device, op, kv_b.rows * kv_b.cols * 2)?;
+        let source = if kv_b.elements == ElementType::E4m3 {
+            let scales = lane.scales(op, &self.device, &[kv_b.scales])?;
+            let out = Memory::new(&self.device, op, kv_b.dims.rows * kv_b.dims.cols * 2)?;
             let scales = Arg::Pointer(scales.as_ref().map_or(0, Memory::address));
-            let args = [(&stored).into(), scales, (&out).into(), u32s(kv_b.rows), u32s(kv_b.cols)];
+            let args = [(&stored).into(), scales, (&out).into(), u32s(kv_b.dims.rows), u32s(kv_b.dims.cols)];
             lane.stream.launch(Kernel::DequantFp8, PACK, &args)?;
             lane.stream.synchronize(op)?;
             out
@@ -361,10 +418,36 @@ impl Lane {
         Ok(())
     }
 
-    /// Puts bytes at a byte of the raw memory.
-    fn bring(&mut self, op: &'static str, at: usize, bytes: &[u8]) -> Result<(), OpsError> {
-        self.host.as_mut_slice()[at..at + bytes.len()].copy_from_slice(bytes);
-        Ok(self.stream.upload(op, &self.host.as_slice()[at..at + bytes.len()], self.raw.at(at))?)
+    /// Puts a piece of a matrix at a byte of the raw memory.
+    fn bring(
+        &mut self,
+        op: &'static str,
+        at: usize,
+        matrix: &Source<'_>,
+        piece: Range<usize>,
+    ) -> Result<(), OpsError> {
+        match matrix.raw {
+            Raw::Bytes(bytes) => {
+                let to = at..at + piece.len();
+                self.host.as_mut_slice()[to.clone()].copy_from_slice(&bytes[piece]);
+                Ok(self.stream.upload(op, &self.host.as_slice()[to], self.raw.at(at))?)
+            }
+            Raw::Drawn(draw) => self.draw(draw, matrix.elements, piece, self.raw.at(at)),
+        }
+    }
+
+    /// Draws the elements of these bytes of a matrix.
+    fn draw(&self, draw: Draw, elements: ElementType, bytes: Range<usize>, to: u64) -> Result<(), OpsError> {
+        let width = element_bytes(elements);
+        let args = [
+            Arg::U64(draw.stream.key),
+            Arg::U64((bytes.start / width) as u64),
+            Arg::U64((bytes.len() / width) as u64),
+            Arg::F32(draw.factor),
+            Arg::U32(width as u32),
+            Arg::Pointer(to),
+        ];
+        Ok(self.stream.launch(Kernel::Draw, PACK, &args)?)
     }
 
     /// Scales of matrices above each other, if there are any; done when it returns.
@@ -395,26 +478,19 @@ impl Lane {
     }
 
     /// Packs a row-major matrix, whole panels at a time; done when it returns.
-    fn pack(
-        &mut self,
-        op: &'static str,
-        raw: &[u8],
-        dims: Dims,
-        elements: ElementType,
-        to: u64,
-    ) -> Result<(), OpsError> {
+    fn pack(&mut self, op: &'static str, matrix: &Source<'_>, to: u64) -> Result<(), OpsError> {
+        let Source { dims, elements, .. } = *matrix;
         if dims.rows == 0 || dims.cols == 0 {
             return Ok(());
         }
-        let row_bytes = dims.cols * element_bytes(elements);
+        let row_bytes = matrix.row_bytes();
         let panel = BLOCK * row_bytes;
         self.room(op, panel)?;
         let rows_at_once = self.raw.bytes() / panel * BLOCK;
         let panel_out = panel_bytes(op, Dims { rows: BLOCK, cols: dims.cols }, elements)?;
-        for (i, chunk) in raw.chunks(rows_at_once * row_bytes).enumerate() {
-            self.host.as_mut_slice()[..chunk.len()].copy_from_slice(chunk);
-            self.stream.upload(op, &self.host.as_slice()[..chunk.len()], self.raw.address())?;
-            let rows = chunk.len() / row_bytes;
+        for (i, piece) in matrix.pieces(rows_at_once * row_bytes).enumerate() {
+            let rows = piece.len() / row_bytes;
+            self.bring(op, 0, matrix, piece)?;
             let words = dims.cols.div_ceil(4 / element_bytes(elements));
             let out = to + (i * (rows_at_once / BLOCK) * panel_out) as u64;
             self.stream.launch(

@@ -120,23 +120,36 @@ impl Case {
     pub(super) fn attend<B: Backend>(
         &self,
         backend: &B,
+        filled: &(B::Attention, B::KvCache),
+        layer: usize,
+        q: &[f32],
+        segments: &[StepSegment<'_>],
+    ) -> Vec<f32> {
+        let kv_up = backend.load_kv_up(&self.shape, self.kv_b.host()).unwrap();
+        self.attend_with(backend, filled, &kv_up, layer, q, segments)
+    }
+
+    /// The same with another kv_b.
+    pub(super) fn attend_with<B: Backend>(
+        &self,
+        backend: &B,
         (attention, cache): &(B::Attention, B::KvCache),
+        kv_up: &B::KvUp,
         layer: usize,
         q: &[f32],
         segments: &[StepSegment<'_>],
     ) -> Vec<f32> {
         let queue = &mut backend.queue().unwrap();
-        let kv_up = backend.load_kv_up(&self.shape, self.kv_b.host()).unwrap();
         let step = attending(backend, queue, segments);
         let rows = backend.step_info(&step).rows;
         let mut q = activations(backend, q, self.shape.heads * (self.shape.nope + self.shape.rope), 1);
         backend.rope_query(queue, &step, attention, &mut q).unwrap();
         let mut out = backend.alloc_activations(rows + 1, self.shape.heads * self.shape.v).unwrap();
-        backend.attend(queue, &step, attention, &kv_up, &q, layer, cache, &mut out).unwrap();
+        backend.attend(queue, &step, attention, kv_up, &q, layer, cache, &mut out).unwrap();
         read(backend, queue, &out, rows + 1)
     }
 
-    fn q(&self) -> Vec<f32> {
+    pub(super) fn q(&self) -> Vec<f32> {
         self.sequences.iter().flat_map(|s| s.q.iter().copied()).collect()
     }
 

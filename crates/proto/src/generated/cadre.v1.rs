@@ -318,6 +318,10 @@ pub struct Model {
     pub max_context_tokens: u32,
     #[prost(message, optional, tag = "3")]
     pub generation: ::core::option::Option<Generation>,
+    /// Where the weights come from and which fields of the configuration are overridden: `files` for the published
+    /// model, `random:1 with n_routed_experts=16`.
+    #[prost(string, tag = "4")]
+    pub weights: ::prost::alloc::string::String,
 }
 /// Generated client implementations.
 pub mod inference_client {
@@ -1923,6 +1927,10 @@ pub struct Report {
     /// What the member computes on; absent before the device is open.
     #[prost(message, optional, tag = "12")]
     pub device: ::core::option::Option<MemberDevice>,
+    /// Where the member's weights come from and which fields of the configuration are overridden, in words
+    /// (`files`, `random:1 with n_routed_experts=16`): what a refusal of another model names.
+    #[prost(string, tag = "13")]
+    pub weights: ::prost::alloc::string::String,
 }
 /// The device of a member. Its numerics class is that of the generation, the same in every member.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -14,6 +14,9 @@ use super::{WorkerLoad, digests::ReportedDigests, layouts::Stamp};
 /// Longest member id and address in bytes; both are logged and sent to everybody.
 const MAX_NAME_BYTES: usize = 256;
 
+/// Longest description of weights: every field of a configuration overridden is some 1,500 bytes.
+const MAX_WORDS_BYTES: usize = 4096;
+
 /// Highest epoch. They count plans, one by one: at one a second these are nine million years.
 pub(super) const MAX_EPOCH: u64 = 1 << 48;
 
@@ -36,6 +39,8 @@ pub(super) struct MemberReport {
     pub(super) load: WorkerLoad,
     pub(super) loading: Option<LoadProgress>,
     pub(super) device: Option<MemberDevice>,
+    /// Where its weights come from, in its words; empty if it does not say.
+    pub(super) weights: String,
     /// Tokens per expert since the last report, by layer.
     pub(super) expert_load: Vec<(LayerId, Vec<u64>)>,
     /// What it has read from the checkpoint, where the report says.
@@ -109,6 +114,7 @@ impl TryFrom<v1::Report> for MemberReport {
             }),
             loading: wire.loading.map(LoadProgress::from),
             device: wire.device.map(device).transpose()?,
+            weights: words("report.weights", wire.weights)?,
             expert_load,
             digests: ReportedDigests {
                 experts: digests(&wire.expert_digests)?,
@@ -132,6 +138,16 @@ fn device(wire: v1::MemberDevice) -> Result<MemberDevice, ConvertError> {
         printable(field, text)?;
     }
     Ok(wire.into())
+}
+
+/// Logged and told to the member: short and printable, perhaps empty.
+fn words(field: &'static str, text: String) -> Result<String, ConvertError> {
+    if text.len() > MAX_WORDS_BYTES {
+        let problem = format!("{} bytes, at most {MAX_WORDS_BYTES}", text.len());
+        return Err(ConvertError::Invalid { field, problem });
+    }
+    printable(field, &text)?;
+    Ok(text)
 }
 
 fn printable(field: &'static str, text: &str) -> Result<(), ConvertError> {
@@ -233,6 +249,8 @@ mod tests {
                 refused(&|report| report.expert_load = vec![v1::LayerLoad { layer: 70_000, tokens: vec![] }]),
                 "report.expert_load.layer",
             ),
+            (refused(&|report| report.weights = "x".repeat(4097)), "report.weights: 4097 bytes"),
+            (refused(&|report| report.weights = "files\n".into()), "report.weights: byte 5"),
             (device(&|device| device.device.clear()), "report.device.device: 0 bytes"),
             (device(&|device| device.name.clone_from(&long)), "report.device.name: 257 bytes"),
             (device(&|device| device.architecture = "sm\n90".into()), "report.device.architecture: byte 2"),

@@ -124,6 +124,8 @@ pub(super) struct State {
     members: BTreeMap<MemberId, Registered>,
     window: LoadWindow,
     digests: Digests,
+    /// Where the router's weights come from, in words.
+    weights: String,
     connections: u64,
     reports: u64,
 }
@@ -144,9 +146,15 @@ impl State {
             members: BTreeMap::new(),
             window,
             digests: Digests::default(),
+            weights: String::new(),
             connections: 0,
             reports: 0,
         }
+    }
+
+    /// Says where the router's weights come from.
+    pub(super) fn with_weights(self, weights: String) -> Self {
+        Self { weights, ..self }
     }
 
     /// Registers the member of a stream by its first report. A stream of the same member that is still

@@ -39,6 +39,7 @@ fn report(id: &str, role: Role, state: MemberState) -> MemberReport {
         load: WorkerLoad { total_pages: 10, free_pages: 10, ..WorkerLoad::default() },
         loading: None,
         device: None,
+        weights: String::new(),
         expert_load: Vec::new(),
         digests: ReportedDigests::default(),
     }

@@ -7,10 +7,13 @@ use std::{
 
 use cadre_types::{FinishReason, NumericsClass};
 
+use cadre_checkpoint::WeightsOptions;
+
 use super::*;
 
-static MODEL: LazyLock<ServedModel> =
-    LazyLock::new(|| ServedModel::load(&dir(), None, NumericsClass::Bf16).unwrap());
+static MODEL: LazyLock<ServedModel> = LazyLock::new(|| {
+    ServedModel::load(&dir(), &WeightsOptions::default(), None, NumericsClass::Bf16).unwrap()
+});
 
 fn dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/pocket")
@@ -176,7 +179,8 @@ fn a_stop_string_may_spell_a_special_token() {
     let (id, text) = MODEL.tokenizer.special_texts().nth(3).unwrap();
     let submission = Submission { stop: vec![text.to_owned()], ..submission(1) };
     let sequence = prepare(&MODEL, submission, &context(None)).unwrap().remove(0);
-    let model = Arc::new(ServedModel::load(&dir(), None, NumericsClass::Bf16).unwrap());
+    let model =
+        Arc::new(ServedModel::load(&dir(), &WeightsOptions::default(), None, NumericsClass::Bf16).unwrap());
     let mut output = crate::output::TextOutput::new(model, sequence.stops, 1);
     let token = |token| v1::GeneratedToken { token, ..Default::default() };
     let letter = MODEL.tokenizer.encode("a", false).unwrap()[0];
@@ -188,7 +192,8 @@ fn a_stop_string_may_spell_a_special_token() {
 
 #[test]
 fn offsets_count_the_characters_of_the_answer() {
-    let model = Arc::new(ServedModel::load(&dir(), None, NumericsClass::Bf16).unwrap());
+    let model =
+        Arc::new(ServedModel::load(&dir(), &WeightsOptions::default(), None, NumericsClass::Bf16).unwrap());
     let stops = StopStrings::new(vec!["zz".to_owned()], false).unwrap();
     let mut output = crate::output::TextOutput::new(model, stops, 1);
     let ids = MODEL.tokenizer.encode("木 Úz", false).unwrap();

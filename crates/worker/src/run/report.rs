@@ -70,7 +70,10 @@ pub(super) fn join(
         let device = report.device.get().map(|device| device.read().into());
         LoadReport { worker, loading: Some(loading), device, expert_load }
     };
-    let to =
-        MembershipOptions { secret: options.secret.clone(), ..MembershipOptions::new(&options.coordinator) };
+    let to = MembershipOptions {
+        secret: options.secret.clone(),
+        weights: options.weights.to_string(),
+        ..MembershipOptions::new(&options.coordinator)
+    };
     Ok(membership::join(to, member, generation, load)?)
 }

@@ -29,6 +29,7 @@ fn layout() -> Layout {
         shards: 1,
         redundant_slots: 0,
         model: "/model".into(),
+        weights: cadre_checkpoint::WeightsOptions::default(),
         numerics: "bf16".into(),
         device: None,
         threads: Threads { worker: 1, expert: 1 },

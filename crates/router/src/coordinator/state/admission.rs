@@ -1,6 +1,6 @@
 //! Who is admitted, and what a report may say: every rule by which a member is refused, each with its code.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, fmt};
 
 use cadre_types::{
     Member, MemberId, Placement, PlacementEpoch, PodRef, Role, ShardIndex, generation::GenerationMismatch,
@@ -23,12 +23,25 @@ const MAX_MEMBERS: usize = 4096;
 /// Most members of one shard: the one that serves, its successor, and a few that are not seen to be gone yet.
 const MAX_MEMBERS_PER_SHARD: usize = 8;
 
+/// Where weights of another model come from, if that is what differs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(in crate::coordinator) struct OtherWeights(Option<(String, String)>);
+
+impl fmt::Display for OtherWeights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some((theirs, ours)) => write!(f, " (member: weights {theirs}; router: weights {ours})"),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Why a report is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(in crate::coordinator) enum Refusal {
     /// Other weights or numerics.
-    #[error("member {id}: {mismatch}")]
-    Generation { id: MemberId, mismatch: GenerationMismatch },
+    #[error("member {id}: {mismatch}{weights}")]
+    Generation { id: MemberId, mismatch: GenerationMismatch, weights: OtherWeights },
     /// A shard that no layout has, yet or any more.
     #[error("member {id}: there is no {shard} now, the layout has {shards} shards; try again")]
     Shard { id: MemberId, shard: ShardIndex, shards: usize },
@@ -67,8 +80,8 @@ impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Self {
         let message = refusal.to_string();
         match refusal {
-            Refusal::Generation { id, mismatch } => {
-                Self::failed_precondition(format!("member {id}: {}", mismatch.to_peer()))
+            Refusal::Generation { id, mismatch, weights } => {
+                Self::failed_precondition(format!("member {id}: {}{weights}", mismatch.to_peer()))
             }
             Refusal::Digest(_) => Self::failed_precondition(message),
             Refusal::Gone => Self::aborted(message),
@@ -106,9 +119,12 @@ impl Refusal {
 impl State {
     pub(super) fn check(&self, report: &MemberReport) -> Result<(), Refusal> {
         let id = || report.member.id.clone();
-        self.generation
-            .check_weights(&report.generation)
-            .map_err(|mismatch| Refusal::Generation { id: id(), mismatch })?;
+        self.generation.check_weights(&report.generation).map_err(|mismatch| {
+            let (theirs, ours) = (&report.weights, &self.weights);
+            let told = !theirs.is_empty() && theirs != ours;
+            let weights = OtherWeights(told.then(|| (theirs.clone(), ours.clone())));
+            Refusal::Generation { id: id(), mismatch, weights }
+        })?;
         if let Some(whole) = &report.applied_placement {
             let checked = self.layouts.check(report.applied(), whole);
             checked.map_err(|problem| Refusal::Placement {
