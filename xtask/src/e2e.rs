@@ -16,8 +16,8 @@
 //! | `CADRE_CLUSTER_DIR` | the scripts that stop kubelets, nodes and the API server; absent for a foreign cluster |
 //! | `CADRE_BIN` | the `cadre` of the test build, as client |
 //!
-//! What we read: `KUBECONFIG`; `CADRE_IMAGE_TAR` (do not build the image, take this one); for a foreign cluster
-//! `CADRE_IMAGE` (the reference under which its nodes find the image), `CADRE_E2E_LOAD` (a command that is given
+//! What we read: `KUBECONFIG`; `CADRE_IMAGE_TAR` (do not build the image, take this one) and `CADRE_IMAGE` (the reference under
+//! which nodes find it, if that is another than the default); for a foreign cluster `CADRE_E2E_LOAD` (a command that is given
 //! the tar's path and brings it to the nodes) and `CADRE_CLUSTER_DIR`; `CADRE_HELM`, `CADRE_KUBECTL`.
 
 use std::{
@@ -121,7 +121,7 @@ impl Stage {
             kubectl: Cluster::program("kubectl")?,
             helm: Cluster::program("helm")?,
             keda: Cluster::definition(KEDA)?,
-            image: image::REFERENCE.into(),
+            image: std::env::var("CADRE_IMAGE").unwrap_or_else(|_| image::REFERENCE.into()),
         })
     }
 
@@ -231,7 +231,7 @@ fn tar() -> Result<PathBuf> {
             ensure!(path.is_file(), "CADRE_IMAGE_TAR={} is no file", path.display());
             Ok(std::path::absolute(path)?)
         }
-        None => image::write(None, None),
+        None => image::write(image::Variant::Cpu, None, None),
     }
 }
 

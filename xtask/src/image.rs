@@ -1,6 +1,7 @@
 //! `cargo xtask image`: the container image as an OCI layout tar, made without a daemon and without a registry.
 //!
-//! Two layers: the checkpoint with what hardly changes, then the binary, so that a rebuild moves one layer. The
+//! Two layers: the checkpoint with what hardly changes, then the binary, so that a rebuild moves one layer. The variant for
+//! NVIDIA GPUs ([`cuda`]) has two more between them: shared libraries and kernels. The
 //! same inputs give the same bytes: [`oci`] writes no times and no owners, [`binary`] keeps the machine's paths
 //! out of the executable. `deploy/Containerfile` describes the same contents for people with podman or docker; a
 //! test holds the two together.
@@ -15,9 +16,10 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use crate::{command, metadata::Metadata};
+use crate::{command, kernels, metadata::Metadata};
 
 mod binary;
+mod cuda;
 mod oci;
 
 #[path = "../../crates/k8s-api/src/image.rs"]
@@ -58,43 +60,78 @@ const LABELS: [(&str, &str); 4] = [
     ("org.opencontainers.image.version", env!("CARGO_PKG_VERSION")),
 ];
 
+/// Which image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Variant {
+    /// A static binary and nothing that it could need.
+    Cpu,
+    /// For NVIDIA GPUs: see [`cuda`].
+    Cuda,
+}
+
+impl Variant {
+    fn reference(self) -> &'static str {
+        match self {
+            Self::Cpu => name::IMAGE,
+            Self::Cuda => name::IMAGE_CUDA,
+        }
+    }
+
+    fn file(self) -> &'static str {
+        match self {
+            Self::Cpu => concat!("cadre-", env!("CARGO_PKG_VERSION"), ".tar"),
+            Self::Cuda => concat!("cadre-", env!("CARGO_PKG_VERSION"), "-cuda.tar"),
+        }
+    }
+}
+
 /// Builds the binary unless one is given, writes the tar and prints its path as the last line.
-pub(crate) fn run(out: Option<&Path>, binary: Option<&Path>) -> Result<()> {
-    let path = write(out, binary)?;
+pub(crate) fn run(variant: Variant, out: Option<&Path>, binary: Option<&Path>) -> Result<()> {
+    let path = write(variant, out, binary)?;
     println!("{}", path.display());
     Ok(())
 }
 
 /// Like [`run`], and returns the absolute path.
-pub(crate) fn write(out: Option<&Path>, given: Option<&Path>) -> Result<PathBuf> {
+pub(crate) fn write(variant: Variant, out: Option<&Path>, given: Option<&Path>) -> Result<PathBuf> {
     let target = Metadata::load()?.target_directory;
     let binary = match given {
         Some(path) => path.to_path_buf(),
-        None => binary::build(&target)?,
+        None => binary::build(&target, variant)?,
     };
     let bytes = fs::read(&binary).with_context(|| format!("read {}", binary.display()))?;
-    binary::check_static(&bytes)
-        .with_context(|| format!("{} does not fit an empty image", binary.display()))?;
+    let fits =
+        |result: Result<()>| result.with_context(|| format!("{} does not fit the image", binary.display()));
+    let between = match variant {
+        Variant::Cpu => {
+            fits(binary::check_static(&bytes))?;
+            Vec::new()
+        }
+        Variant::Cuda => {
+            fits(cuda::needed(&bytes).map(|_| ()))?;
+            vec![cuda::libraries(Path::new("/"), &bytes)?, cuda::kernels(&kernels::compiled()?)?]
+        }
+    };
     let out = match out {
         Some(path) => path.to_path_buf(),
-        None => target.join("image").join(format!("cadre-{}.tar", env!("CARGO_PKG_VERSION"))),
+        None => target.join("image").join(variant.file()),
     };
     if let Some(folder) = out.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
     }
-    let image = contents(&command::root()?, bytes)?;
+    let image = contents(&command::root()?, variant, between, bytes)?;
     // Renamed into place: whoever reads the tar meanwhile reads the old one whole.
     let scratch = out.with_extension("tar.new");
     let file = fs::File::create(&scratch).with_context(|| format!("create {}", scratch.display()))?;
     image.write(BufWriter::new(file)).with_context(|| format!("write {}", scratch.display()))?;
     fs::rename(&scratch, &out).with_context(|| format!("rename to {}", out.display()))?;
     let size = fs::metadata(&out)?.len();
-    eprintln!("image: {REFERENCE}, {} layers, {:.1} MB", image.layers.len(), size as f64 / 1e6);
+    eprintln!("image: {}, {} layers, {:.1} MB", image.reference, image.layers.len(), size as f64 / 1e6);
     out.canonicalize().with_context(|| format!("find {}", out.display()))
 }
 
-/// What is in the image, given the repository and the executable.
-fn contents(root: &Path, binary: Vec<u8>) -> Result<oci::Image> {
+/// What is in the image, given the repository, the layers below the executable, and the executable.
+fn contents(root: &Path, variant: Variant, between: Vec<oci::Layer>, binary: Vec<u8>) -> Result<oci::Image> {
     let mut base = oci::Layer::new("the checkpoint models/pocket, names of users and hosts, the licence");
     base.folder("tmp", 0o1777);
     base.file("etc/passwd", 0o644, PASSWD.into());
@@ -109,11 +146,15 @@ fn contents(root: &Path, binary: Vec<u8>) -> Result<oci::Image> {
     let mut program = oci::Layer::new("the cadre binary");
     program.file(ENTRYPOINT.trim_start_matches('/'), 0o755, binary);
     Ok(oci::Image {
-        reference: REFERENCE.into(),
+        reference: variant.reference().into(),
         user: USER.into(),
         entrypoint: vec![ENTRYPOINT.into()],
         labels: LABELS.to_vec(),
-        layers: vec![base, program],
+        env: match variant {
+            Variant::Cpu => Vec::new(),
+            Variant::Cuda => cuda::ENV.to_vec(),
+        },
+        layers: std::iter::once(base).chain(between).chain([program]).collect(),
     })
 }
 

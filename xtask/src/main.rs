@@ -76,12 +76,15 @@ enum Task {
     Cluster(cluster::Task),
     /// Writes the container image as an OCI tar and prints its path last.
     Image {
-        /// Where to write it (default: image/cadre-VERSION.tar in the target folder).
+        /// Where to write it (default: image/cadre-VERSION.tar in the target folder, cadre-VERSION-cuda.tar with --cuda).
         #[arg(long)]
         out: Option<PathBuf>,
-        /// Take this static executable instead of building one.
+        /// Take this executable instead of building one: a static one, or with --cuda a dynamic one.
         #[arg(long)]
         binary: Option<PathBuf>,
+        /// The image for NVIDIA GPUs: with kernels, for a driver that the node's runtime brings.
+        #[arg(long)]
+        cuda: bool,
     },
     /// Compiles the CUDA kernels (nvcc is fetched on first use) and judges their registers and memory.
     Kernels {
@@ -102,7 +105,10 @@ fn main() -> ExitCode {
         Task::BenchOperator { binary } => bench_operator::run(binary),
         Task::Figures => figures::run(),
         Task::Cluster(task) => cluster::run(&task),
-        Task::Image { out, binary } => image::run(out.as_deref(), binary.as_deref()),
+        Task::Image { out, binary, cuda } => {
+            let variant = if cuda { image::Variant::Cuda } else { image::Variant::Cpu };
+            image::run(variant, out.as_deref(), binary.as_deref())
+        }
         Task::Kernels { tests: false } => kernels::run(),
         Task::Kernels { tests: true } => kernels::run_with_tests(),
         Task::Ci => ci::run(),

@@ -14,6 +14,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use cadre_device::Device;
 use cadre_proto::secret::{ClusterSecret, SecretError};
 use cadre_telemetry::{LogFormat, init_logging, one_line};
 use cadre_types::{NumericsClass, PodRef};
@@ -157,14 +158,20 @@ fn loopback(port: u16) -> SocketAddr {
 }
 
 /// Ends a role: its error gets the role's name, and goes to the termination log if there is one.
-fn ended<E: Into<anyhow::Error>>(result: Result<(), E>, name: &str, log: Option<&Path>) -> Result<()> {
+/// `device` is what it was told to compute on.
+fn ended<E: Into<anyhow::Error>>(
+    result: Result<(), E>,
+    name: &str,
+    log: Option<&Path>,
+    device: Option<Device>,
+) -> Result<()> {
     let result = result.map_err(Into::into).with_context(|| name.to_owned());
     if let (Err(error), Some(log)) = (&result, log) {
-        termination::write(log, error);
+        termination::write(log, error, device.unwrap_or_else(Device::of_machine));
     }
     // It is printed among the log lines of this and, under `up`, of other processes.
     result.map_err(|error| {
-        let words = format!("{error:#}");
+        let words = termination::words(&error);
         let lines: Vec<&str> = words.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
         anyhow::Error::msg(one_line(&lines.join("; ")))
     })
@@ -177,7 +184,7 @@ mod tests {
     #[test]
     fn a_roles_error_is_one_line_whatever_peers_put_into_it() {
         let refused: Result<(), _> = Err(anyhow::anyhow!("refused by w-1\n[router] INFO forged\u{1b}[2J"));
-        let error = ended(refused, "worker", None).expect_err("it failed");
+        let error = ended(refused, "worker", None, None).expect_err("it failed");
         assert_eq!(format!("{error:#}"), "worker: refused by w-1; [router] INFO forged\\u{1b}[2J");
     }
 

@@ -10,7 +10,8 @@ use std::{fmt, str::FromStr, sync::Arc};
 use cadre_ops::{Backend, OpsError};
 pub use cadre_ops_cpu::Isa;
 use cadre_ops_cpu::{CpuBackend, CpuOptions};
-use cadre_ops_cuda::{CudaBackend, CudaError};
+use cadre_ops_cuda::CudaBackend;
+pub use cadre_ops_cuda::CudaError;
 use cadre_types::NumericsClass;
 
 pub mod metrics;
@@ -26,10 +27,16 @@ pub enum Device {
     Cuda(u32),
 }
 
+/// A static executable has no loader that could open a driver's library.
+const STATIC: bool = cfg!(target_feature = "crt-static");
+
 impl Device {
     /// What the machine has, best first: its first GPU that there are kernels for, if they are installed beside the
     /// program, or the processor.
     pub fn of_machine() -> Self {
+        if STATIC {
+            return Self::Cpu;
+        }
         let gpus = cadre_ops_cuda::devices().unwrap_or_default();
         let usable = gpus.iter().find(|gpu| gpu.capability == cadre_ops_cuda::CAPABILITY);
         match usable.map(|gpu| u32::try_from(gpu.ordinal)) {
@@ -107,6 +114,7 @@ pub fn open<W: OnBackend>(options: &BackendOptions, with: W) -> Result<W::Output
             let backend = CpuBackend::new(cpu).map_err(|source| DeviceError::Open { device, source })?;
             Ok(hand_over(options, device, backend, with))
         }
+        Device::Cuda(_) if STATIC => Err(DeviceError::Static { device }),
         Device::Cuda(number) => {
             let backend = CudaBackend::open(number as usize, options.class, None)
                 .map_err(|source| DeviceError::Cuda { device, source })?;
@@ -152,6 +160,15 @@ pub enum DeviceError {
         /// What was looked for and not found, or what the driver said.
         source: CudaError,
     },
+    /// The program cannot open a driver.
+    #[error(
+        "device {device}: this program is linked statically and can open no GPU's driver; use a build that is linked \
+         dynamically, as in the image of `cargo xtask image --cuda`"
+    )]
+    Static {
+        /// The device.
+        device: Device,
+    },
     /// The device does not compute the class.
     #[error("device {device}: numerics class {class} is computed by CUDA devices only; use --device cuda:N")]
     Class {
@@ -168,7 +185,7 @@ impl DeviceError {
         match self {
             Self::Cuda { source, .. } => matches!(source, CudaError::OutOfMemory { .. }),
             Self::Open { source, .. } => matches!(source, OpsError::OutOfMemory { .. }),
-            Self::Class { .. } => false,
+            Self::Static { .. } | Self::Class { .. } => false,
         }
     }
 }

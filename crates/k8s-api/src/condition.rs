@@ -164,6 +164,21 @@ reasons! {
     PodsForbidden;
     /// A container was killed for using more memory than its limit.
     fix: "Raise `resources.limits.memory` of the tier; `cadre inspect` prints what a shard needs.", OutOfMemory;
+    /// A container with an accelerator finds no NVIDIA driver, or one that is too old for the kernels.
+    fix: "Install a driver of CUDA 13.0 or newer and NVIDIA's container toolkit on the nodes; where their default runtime is \
+          another, set `runtimeClassName` of the tier (docs/operations.md, GPU nodes).", AcceleratorDriverMissing;
+    /// The driver shows a container no accelerator.
+    fix: "See that the device plugin runs on the node and gives the resource of `accelerator`, and that `env` of the tier \
+          does not set NVIDIA_VISIBLE_DEVICES or CUDA_VISIBLE_DEVICES.", AcceleratorNotFound;
+    /// There are no kernels for the accelerator of the node.
+    fix: "Place the tier on nodes with an H100 or H200: `nodeSelector: {nvidia.com/gpu.product: NVIDIA-H200}`.",
+    AcceleratorUnsupported;
+    /// The image cannot compute on an accelerator: it has no kernels, those of another build, or a static binary.
+    fix: "Use the image that `cargo xtask image --cuda` writes: `spec.image`, or the chart's `image.tag` for all models.",
+    AcceleratorUnsupportedByImage;
+    /// Weights and caches do not fit into the accelerator's memory; the message says what was asked and what is free.
+    fix: "More shards, or a smaller `kvCache`; see with `nvidia-smi` that nobody else uses the card. `cadre inspect` prints \
+          what a shard and a worker need.", AcceleratorOutOfMemory;
     /// The API server refused a child; the message has its words.
     fix: "The message is the API server's.", ChildRefused;
     /// A child of the wanted name belongs to somebody else.

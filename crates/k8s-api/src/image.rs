@@ -7,3 +7,5 @@
 pub const IMAGE_REPOSITORY: &str = "ghcr.io/cadre-dev/cadre";
 /// The image that `cargo xtask image` writes and the chart installs.
 pub const IMAGE: &str = concat!("ghcr.io/cadre-dev/cadre:", env!("CARGO_PKG_VERSION"));
+/// The image for nodes with NVIDIA GPUs, which `cargo xtask image --cuda` writes.
+pub const IMAGE_CUDA: &str = concat!("ghcr.io/cadre-dev/cadre:", env!("CARGO_PKG_VERSION"), "-cuda");

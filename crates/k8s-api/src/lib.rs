@@ -25,7 +25,7 @@ pub mod status;
 pub mod tier;
 
 pub use condition::{ConditionType, Reason};
-pub use image::{IMAGE, IMAGE_REPOSITORY};
+pub use image::{IMAGE, IMAGE_CUDA, IMAGE_REPOSITORY};
 pub use model::{MoEModel, MoEModelSpec};
 pub use names::Tier;
 pub use status::MoEModelStatus;

@@ -60,6 +60,7 @@ pub use sizes::SourceRef;
     ),
     printcolumn(name = "Imbalance", type_ = "string", json_path = ".status.imbalance"),
     printcolumn(name = "Loaded", type_ = "string", json_path = ".status.loading.summary", priority = 1),
+    printcolumn(name = "Accelerators", type_ = "string", json_path = ".status.accelerators.summary", priority = 1),
     printcolumn(
         name = "Reason",
         type_ = "string",
@@ -196,6 +197,8 @@ pub enum Numerics {
     Bf16,
     /// Activations quantised per 128 channels.
     Fp8,
+    /// The recipe of Fp8 on the tensor cores of NVIDIA's Hopper: every tier has an accelerator.
+    CudaFp8,
 }
 
 /// The router.
@@ -218,7 +221,7 @@ pub struct RouterSpec {
 #[serde(rename_all = "camelCase")]
 pub struct WorkerTierSpec {
     /// Pods. The tier's MoETier may be scaled away from it; a change here takes over again. With 0 decode
-    /// workers the model is paused: it is not Ready and takes no requests.
+    /// workers, and none beside the shards (experts.worker), the model is paused: it is not Ready and takes no requests.
     #[schemars(range(min = 0, max = 1024))]
     pub replicas: i32,
     /// Latent KV cache of each pod.
@@ -228,7 +231,7 @@ pub struct WorkerTierSpec {
     /// Limits of each worker.
     #[serde(default, skip_serializing_if = "WorkerLimits::is_default")]
     pub limits: WorkerLimits,
-    /// Accelerators of each pod; none runs on the CPU.
+    /// Accelerator of each pod; without one it computes on the CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accelerator: Option<Accelerator>,
     /// Where its pods run and what they may use.
@@ -236,9 +239,23 @@ pub struct WorkerTierSpec {
     pub pod: PodSpec,
 }
 
+/// The worker beside a shard.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ShardWorkerSpec {
+    /// Latent KV cache of each.
+    #[serde(default = "default_kv_cache")]
+    #[schemars(schema_with = "schema::kv_cache")]
+    pub kv_cache: Quantity,
+    /// Limits of each; threads are those of the whole process, its shard included.
+    #[serde(default, skip_serializing_if = "WorkerLimits::is_default")]
+    pub limits: WorkerLimits,
+}
+
 /// The expert shards.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = rules::experts()))]
 pub struct ExpertTierSpec {
     /// Shards, one pod each. The tier's MoETier may be scaled away from it; a change here takes over again.
     /// Divides routedExperts + redundantSlots.
@@ -257,10 +274,14 @@ pub struct ExpertTierSpec {
     #[serde(default = "default_spread_by")]
     #[schemars(length(max = 317), regex(pattern = schema::LABEL_KEY))]
     pub spread_by: String,
+    /// A decode worker beside each shard: in its pod, in one process with it, on the same accelerator. They are counted,
+    /// drained and scaled with the shards, beside the workers that decode.replicas asks for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<ShardWorkerSpec>,
     /// Limits of each shard.
     #[serde(default, skip_serializing_if = "ExpertLimits::is_default")]
     pub limits: ExpertLimits,
-    /// Accelerators of each pod; none runs on the CPU.
+    /// Accelerator of each pod; without one it computes on the CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accelerator: Option<Accelerator>,
     /// Where its pods run and what they may use.
@@ -335,14 +356,17 @@ pub struct Resources {
     pub limits: BTreeMap<String, Quantity>,
 }
 
-/// Accelerators of one pod.
+/// The accelerator of one pod: its process computes on it, and on nothing else.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = rules::accelerator()))]
 pub struct Accelerator {
-    /// Extended resource that the nodes offer, for instance `nvidia.com/gpu`.
+    /// Extended resource of the nodes, one of NVIDIA's: `nvidia.com/gpu`, or a part of one under a name of its own
+    /// (`nvidia.com/mig-3g.71gb`).
     #[schemars(length(max = 317), regex(pattern = schema::EXTENDED_RESOURCE))]
     pub resource: String,
-    /// How many of them each pod gets.
+    /// How many of them each pod gets: 1, because a process computes on one.
+    #[serde(default = "one")]
     #[schemars(range(min = 1, max = 64))]
     pub count: i32,
 }

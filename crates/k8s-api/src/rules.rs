@@ -92,6 +92,41 @@ pub(crate) fn model_spec() -> Vec<Rule> {
              budget.gpus or lower replicas, shards or accelerator.count",
         )
         .field_path(".budget.gpus"),
+        rule(
+            "self.model.numerics != 'CudaFp8' || (self.prefill.replicas == 0 || has(self.prefill.accelerator)) \
+             && (self.decode.replicas == 0 || has(self.decode.accelerator)) && has(self.experts.accelerator)",
+            "CudaFp8 is computed on accelerators only: give prefill, decode and experts an accelerator, or choose another numerics \
+             class",
+        )
+        .field_path(".model.numerics"),
+    ]
+}
+
+/// One process has one number of threads.
+pub(crate) fn experts() -> Vec<Rule> {
+    vec![
+        rule(
+            "!has(self.worker) || !has(self.limits) || !has(self.limits.threads)",
+            "shard and worker are one process: give its threads in worker.limits.threads",
+        )
+        .field_path(".limits.threads"),
+    ]
+}
+
+/// What a process can compute on.
+pub(crate) fn accelerator() -> Vec<Rule> {
+    vec![
+        rule(
+            "self.resource.startsWith('nvidia.com/')",
+            "processes compute on NVIDIA's GPUs or on the CPU: name a resource of nvidia.com (nvidia.com/gpu), or remove \
+             accelerator",
+        )
+        .field_path(".resource"),
+        rule(
+            "self.count == 1",
+            "a process computes on one accelerator: count is 1; more of them are more replicas or shards",
+        )
+        .field_path(".count"),
     ]
 }
 

@@ -4,7 +4,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::schema;
+use crate::{names::Tier, schema};
 
 /// The state of a model.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -40,6 +40,38 @@ pub struct MoEModelStatus {
     /// Weights read by the shards.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loading: Option<LoadingStatus>,
+    /// Accelerators that the model's processes compute on, as they report them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accelerators: Option<AcceleratorsStatus>,
+}
+
+/// Accelerators over all tiers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AcceleratorsStatus {
+    /// Those of one name in one tier.
+    #[schemars(length(max = 16))]
+    pub cards: Vec<AcceleratorStatus>,
+    /// Number, name, and memory of the fullest: `32 x NVIDIA H200, 61.2/139.8 GiB`.
+    #[schemars(length(max = 256))]
+    pub summary: String,
+}
+
+/// Accelerators of one name in one tier.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AcceleratorStatus {
+    /// The tier.
+    pub tier: Tier,
+    /// What the driver calls them: `NVIDIA H200`.
+    #[schemars(length(max = 64))]
+    pub name: String,
+    /// How many.
+    pub count: i32,
+    /// Bytes used on the fullest of them, by whoever uses it; told anew when a hundredth of it has changed.
+    pub memory_used: i64,
+    /// Bytes of that one.
+    pub memory_total: i64,
 }
 
 /// Pods of a tier.

@@ -34,6 +34,7 @@ use crate::{names::Tier, rules, schema};
         type_ = "string",
         json_path = ".status.conditions[?(@.type==\"ScalingLimited\")].status"
     ),
+    printcolumn(name = "Accelerators", type_ = "string", json_path = ".status.accelerators", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
@@ -74,6 +75,10 @@ pub struct MoETierStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 16))]
     pub loaded: Option<String>,
+    /// Number and name of the accelerators, and memory of the fullest: `24 x NVIDIA H200, 61.2/139.8 GiB`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 256))]
+    pub accelerators: Option<String>,
     /// ScalingLimited (docs/operations.md).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "schema::conditions")]

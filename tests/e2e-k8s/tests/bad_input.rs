@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use cadre_e2e::checkpoints;
 use cadre_e2e_k8s::{
-    Claim, Model, Namespace, Operator, PodView,
+    Claim, Kubectl, Model, Namespace, Operator, PodView,
     bad_checkpoint::{of_claim, pending},
     cluster, figures,
     figures::Figures,
@@ -152,12 +152,42 @@ fn an_image_that_cannot_be_pulled_and_then_can() {
 
 #[test]
 fn too_few_accelerators() {
-    let npu = json!({"resource": "example.com/npu", "count": 2});
+    let gpu = json!({"resource": "nvidia.com/gpu"});
     refused_at_once(
-        "npu",
-        json!({"spec": {"decode": {"accelerator": npu}}}),
+        "gpu",
+        json!({"spec": {"decode": {"accelerator": gpu}}}),
         Reason::InsufficientAccelerators,
     );
+}
+
+/// Nodes that offer an accelerator and have none: the process says what it does not find.
+#[test]
+fn an_accelerator_that_image_or_node_cannot_use() {
+    Operator::installed();
+    let nodes = Kubectl::cluster_wide().must(&["get", "nodes", "--output=name"]);
+    let offer =
+        json!([{"op": "add", "path": "/status/capacity/nvidia.com~1pretended", "value": "8"}]).to_string();
+    for node in nodes.lines() {
+        Kubectl::cluster_wide().must(&[
+            "patch",
+            node,
+            "--subresource=status",
+            "--type=json",
+            "--patch",
+            &offer,
+        ]);
+    }
+    let namespace = Namespace::new("driver");
+    let accelerator = json!({"resource": "nvidia.com/pretended"});
+    let model = Model::apply(&namespace, &json!({"spec": {"decode": {"accelerator": accelerator}}}));
+    // The image without kernels has a static program, which says so; the one with kernels looks for a driver.
+    let reason = match cluster().image().ends_with("-cuda") {
+        true => Reason::AcceleratorDriverMissing,
+        false => Reason::AcceleratorUnsupportedByImage,
+    };
+    told_after(&model, ended, reason);
+    model.change(&json!({"spec": {"decode": {"accelerator": null}}}));
+    model.until_settled();
 }
 
 #[test]
@@ -270,7 +300,7 @@ fn a_silent_pending_pod_does_not_exist() {
         &namespace,
         &json!({"spec": {
             "decode": {"nodeSelector": {"example.com/pool": "decode"}},
-            "experts": {"accelerator": {"resource": "example.com/npu", "count": 1}},
+            "experts": {"accelerator": {"resource": "nvidia.com/gpu"}},
         }}),
     );
     let condition = model.until(ConditionType::Degraded, "True", LIMIT);

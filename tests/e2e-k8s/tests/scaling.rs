@@ -76,7 +76,7 @@ fn until_desired(model: &Model<'_>, tier: Tier, asked: i32, desired: i32) {
 fn the_budget_cuts_a_tier_and_says_so() {
     Operator::installed();
     let namespace = Namespace::new("budget");
-    let accelerator = json!({"resource": "example.com/npu", "count": 1});
+    let accelerator = json!({"resource": "nvidia.com/gpu", "count": 1});
     let model = Model::apply(
         &namespace,
         &json!({"spec": {"budget": {"gpus": 2}, "decode": {"replicas": 2, "accelerator": accelerator}}}),

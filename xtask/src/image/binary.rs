@@ -1,4 +1,4 @@
-//! The static release binary of the image.
+//! The release binary of the image: static, or for GPUs dynamic.
 //!
 //! `crt-static` on the gnu target links glibc in, and glibc has the `files` and `dns` sources of host names
 //! built in since 2.34, so nothing is looked for in the image at run time. The target is named on the command
@@ -17,6 +17,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::Variant;
 use crate::command;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -25,15 +26,18 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 const UNIT_SEPARATOR: &str = "\u{1f}";
 
 /// Builds it under `target` and returns its path.
-pub(super) fn build(target: &Path) -> Result<PathBuf> {
+pub(super) fn build(target: &Path, variant: Variant) -> Result<PathBuf> {
     ensure!(
         cfg!(all(target_os = "linux", target_arch = "x86_64")),
         "the image's binary is built on x86-64 Linux; elsewhere use deploy/Containerfile"
     );
-    let folder = target.join("image");
+    let folder = target.join(match variant {
+        Variant::Cpu => "image",
+        Variant::Cuda => "image-cuda",
+    });
     let root = command::root()?;
     let cargo_home = cargo_home()?;
-    let flags = flags(&root, &folder, &cargo_home, &registries(&cargo_home)?)?;
+    let flags = flags(variant, &root, &folder, &cargo_home, &registries(&cargo_home)?)?;
     command::run(
         command::cargo()
             .args(["build", "--release", "--locked", "--package", "cadre", "--bin", "cadre"])
@@ -73,8 +77,17 @@ fn registries(cargo_home: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Where two mappings match, rustc takes the later one: the deeper folders come last.
-fn flags(root: &Path, target: &Path, cargo_home: &Path, registries: &[PathBuf]) -> Result<OsString> {
-    let mut words = vec!["-Ctarget-feature=+crt-static".to_owned()];
+fn flags(
+    variant: Variant,
+    root: &Path,
+    target: &Path,
+    cargo_home: &Path,
+    registries: &[PathBuf],
+) -> Result<OsString> {
+    let mut words = match variant {
+        Variant::Cpu => vec!["-Ctarget-feature=+crt-static".to_owned()],
+        Variant::Cuda => Vec::new(),
+    };
     let fixed = [(root, "/cadre"), (target, "/target"), (cargo_home, "/cargo")];
     for (from, to) in fixed.into_iter().chain(registries.iter().map(|path| (path.as_path(), "/crates"))) {
         let from = from.to_str().with_context(|| format!("{} is not UTF-8", from.display()))?;
@@ -148,9 +161,13 @@ mod tests {
     #[test]
     fn deeper_folders_are_mapped_last() {
         let registries = [PathBuf::from("/home/a b/.cargo/registry/src/index-1")];
-        let flags = flags(Path::new("/w"), Path::new("/w/t"), Path::new("/home/a b/.cargo"), &registries)
-            .expect("paths are text");
-        let flags = flags.into_string().expect("text");
+        let flags = |variant| {
+            let cargo_home = Path::new("/home/a b/.cargo");
+            let flags = flags(variant, Path::new("/w"), Path::new("/w/t"), cargo_home, &registries);
+            flags.expect("paths are text").into_string().expect("text")
+        };
+        assert!(!flags(Variant::Cuda).contains("crt-static"));
+        let flags = flags(Variant::Cpu);
         let words: Vec<&str> = flags.split(UNIT_SEPARATOR).collect();
         assert_eq!(
             words,

@@ -23,6 +23,8 @@ pub(crate) struct Image {
     pub(crate) user: String,
     pub(crate) entrypoint: Vec<String>,
     pub(crate) labels: Vec<(&'static str, &'static str)>,
+    /// Environment beside `PATH`, as `NAME=value`.
+    pub(crate) env: Vec<&'static str>,
     /// From the bottom.
     pub(crate) layers: Vec<Layer>,
 }
@@ -54,6 +56,27 @@ impl Layer {
     pub(crate) fn file(&mut self, path: &str, mode: u32, bytes: Vec<u8>) {
         self.above(path);
         self.entries.insert(path.into(), Entry::File { mode, bytes });
+    }
+
+    /// Paths of its folders and files, sorted.
+    #[cfg(test)]
+    pub(super) fn paths(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Writes its files as a container has them.
+    #[cfg(test)]
+    pub(super) fn unpack(&self, root: &std::path::Path) -> std::io::Result<()> {
+        use std::{fs, os::unix::fs::PermissionsExt};
+        for (path, entry) in &self.entries {
+            let path = root.join(path);
+            let mode = match entry {
+                Entry::Folder { mode } => fs::create_dir_all(&path).map(|()| mode),
+                Entry::File { mode, bytes } => fs::write(&path, bytes).map(|()| mode),
+            }?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(*mode))?;
+        }
+        Ok(())
     }
 
     fn above(&mut self, path: &str) {
@@ -96,6 +119,7 @@ impl Image {
             .iter()
             .map(|layer| json!({"created_by": "cargo xtask image", "comment": layer.about}))
             .collect();
+        let env: Vec<&str> = std::iter::once("PATH=/").chain(self.env.iter().copied()).collect();
         let labels: BTreeMap<&str, &str> = self.labels.iter().copied().collect();
         let config = put(
             CONFIG,
@@ -104,7 +128,7 @@ impl Image {
                 "os": "linux",
                 "config": {
                     "User": self.user,
-                    "Env": ["PATH=/"],
+                    "Env": env,
                     "Entrypoint": self.entrypoint,
                     "WorkingDir": "/",
                     "Labels": labels,

@@ -26,7 +26,7 @@ fn unpack(bytes: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
 
 fn archive() -> Vec<u8> {
     let root = command::root().expect("the repository");
-    let image = contents(&root, b"an executable".to_vec()).expect("the contents");
+    let image = contents(&root, Variant::Cpu, Vec::new(), b"an executable".to_vec()).expect("the contents");
     let mut bytes = Vec::new();
     image.write(&mut bytes).expect("the archive");
     bytes
@@ -105,7 +105,10 @@ fn another_binary_leaves_the_checkpoint_layer_alone() {
     let root = command::root().expect("the repository");
     let layers = |binary: &[u8]| -> Vec<Value> {
         let mut bytes = Vec::new();
-        contents(&root, binary.to_vec()).expect("the contents").write(&mut bytes).expect("the archive");
+        contents(&root, Variant::Cpu, Vec::new(), binary.to_vec())
+            .expect("the contents")
+            .write(&mut bytes)
+            .expect("the archive");
         let files = unpack(&bytes);
         let docker = files.iter().find(|(path, ..)| path == "manifest.json").expect("docker's manifest");
         let docker: Value = serde_json::from_slice(&docker.2).expect("JSON");

@@ -67,7 +67,8 @@ impl ExpertArgs {
 pub(crate) async fn expert(args: ExpertArgs) -> Result<()> {
     let name = format!("expert {}", args.shard);
     let log = args.role.termination_log.clone();
+    let device = args.device;
     let stop = args.role.begin(&name)?;
     let run = async { cadre_expert::run(args.options()?, stop).await };
-    ended(run.await, &name, log.as_deref())
+    ended(run.await, &name, log.as_deref(), device)
 }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use cadre_device::Device;
 use cadre_k8s_api::{
     IMAGE, MoEModel,
     manifest::{self, Document},
@@ -136,7 +137,7 @@ pub(crate) async fn operator(args: OperatorArgs) -> Result<()> {
         let cause = requested.await;
         tracing::info!(cause, "asked to stop");
     };
-    ended(cadre_operator::run(args.options(), stop).await, "operator", log.as_deref())
+    ended(cadre_operator::run(args.options(), stop).await, "operator", log.as_deref(), Some(Device::Cpu))
 }
 
 /// Two processes of one host differ, and so do two lives of a process.

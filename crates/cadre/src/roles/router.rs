@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, num::NonZeroU16, path::PathBuf, time::Duration};
 
 use anyhow::Result;
+use cadre_device::Device;
 use cadre_router::{Limits, ListenAddresses, RouterOptions};
 use clap::Args;
 
@@ -158,7 +159,7 @@ pub(crate) async fn router(args: RouterArgs) -> Result<()> {
     let log = args.role.termination_log.clone();
     let stop = args.role.begin("router")?;
     let run = async { Ok::<_, anyhow::Error>(cadre_router::run(args.options()?, stop).await?) };
-    ended(run.await, "router", log.as_deref())
+    ended(run.await, "router", log.as_deref(), Some(Device::Cpu))
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 use std::{error::Error, io, path::Path};
 
 use cadre_checkpoint::{CheckpointError, ProblemKind};
-use cadre_device::DeviceError;
+use cadre_device::{CudaError, Device, DeviceError};
 use cadre_dispatch::{GenerationRefused, membership::MembershipError};
 use cadre_model::loader::LoadError;
 use cadre_operator::OperatorError;
@@ -31,6 +31,16 @@ pub(crate) enum Reason {
     CheckpointUnreadable,
     /// Memory for weights or caches could not be had.
     InsufficientMemory,
+    /// No driver of the accelerator, or one that is too old.
+    AcceleratorDriverMissing,
+    /// The driver shows no such accelerator.
+    AcceleratorNotFound,
+    /// There are no kernels for the accelerator.
+    AcceleratorUnsupported,
+    /// The program cannot use an accelerator: no kernels, those of another build, no way to open a driver.
+    AcceleratorUnsupportedByImage,
+    /// The accelerator has no room.
+    AcceleratorOutOfMemory,
     /// Flags, files or addresses that cannot be used.
     InvalidConfiguration,
     /// Everything else: a fault of the process.
@@ -45,14 +55,23 @@ impl Reason {
             Self::CheckpointMismatch => "CheckpointMismatch",
             Self::CheckpointUnreadable => "CheckpointUnreadable",
             Self::InsufficientMemory => "InsufficientMemory",
+            Self::AcceleratorDriverMissing => "AcceleratorDriverMissing",
+            Self::AcceleratorNotFound => "AcceleratorNotFound",
+            Self::AcceleratorUnsupported => "AcceleratorUnsupported",
+            Self::AcceleratorUnsupportedByImage => "AcceleratorUnsupportedByImage",
+            Self::AcceleratorOutOfMemory => "AcceleratorOutOfMemory",
             Self::InvalidConfiguration => "InvalidConfiguration",
             Self::Internal => "Internal",
         }
     }
 
-    /// The reason of the first error in the chain that has one.
-    fn of(error: &anyhow::Error) -> Self {
-        error.chain().find_map(of_one).unwrap_or(Self::Internal)
+    /// The reason of the first error in the chain that has one. Memory that a process on an accelerator lacks is the
+    /// accelerator's: who lacks the host's is killed by the kernel.
+    fn of(error: &anyhow::Error, device: Device) -> Self {
+        match (error.chain().find_map(of_one).unwrap_or(Self::Internal), device) {
+            (Self::InsufficientMemory, Device::Cuda(_)) => Self::AcceleratorOutOfMemory,
+            (reason, _) => reason,
+        }
     }
 }
 
@@ -75,8 +94,9 @@ fn of_one(error: &(dyn Error + 'static)) -> Option<Reason> {
     }
     if let Some(error) = error.downcast_ref::<DeviceError>() {
         return match error {
-            DeviceError::Cuda { .. } if error.is_out_of_memory() => Some(Reason::InsufficientMemory),
-            DeviceError::Cuda { .. } | DeviceError::Class { .. } => Some(Reason::InvalidConfiguration),
+            DeviceError::Cuda { source, .. } => of_cuda(source),
+            DeviceError::Static { .. } => Some(Reason::AcceleratorUnsupportedByImage),
+            DeviceError::Class { .. } => Some(Reason::InvalidConfiguration),
             DeviceError::Open { .. } => None,
         };
     }
@@ -98,6 +118,19 @@ fn of_one(error: &(dyn Error + 'static)) -> Option<Reason> {
         return of_io(error);
     }
     None
+}
+
+fn of_cuda(error: &CudaError) -> Option<Reason> {
+    match error {
+        CudaError::NoDriver { .. } | CudaError::OldDriver { .. } => Some(Reason::AcceleratorDriverMissing),
+        CudaError::NoDevice { .. } => Some(Reason::AcceleratorNotFound),
+        CudaError::Architecture { .. } => Some(Reason::AcceleratorUnsupported),
+        CudaError::NoKernels { .. } | CudaError::WrongKernels { .. } => {
+            Some(Reason::AcceleratorUnsupportedByImage)
+        }
+        CudaError::OutOfMemory { .. } => Some(Reason::AcceleratorOutOfMemory),
+        CudaError::Failed { .. } => None,
+    }
 }
 
 fn of_checkpoint(error: &CheckpointError) -> Reason {
@@ -141,8 +174,21 @@ fn of_io(error: &io::Error) -> Option<Reason> {
 }
 
 /// Writes why a role ended. A log that cannot be written is noted, and changes nothing else.
-pub(crate) fn write(log: &Path, error: &anyhow::Error) {
-    write_line(log, &line(Reason::of(error), &format!("{error:#}")));
+/// `device` is what the process computes on.
+pub(crate) fn write(log: &Path, error: &anyhow::Error, device: Device) {
+    write_line(log, &line(Reason::of(error, device), &words(error)));
+}
+
+/// The chain in words. An error that says its cause itself does not have it said again.
+pub(crate) fn words(error: &anyhow::Error) -> String {
+    error.chain().skip(1).fold(error.to_string(), |mut words, cause| {
+        let cause = cause.to_string();
+        if !words.ends_with(&cause) {
+            words.push_str(": ");
+            words.push_str(&cause);
+        }
+        words
+    })
 }
 
 /// The same for a command line that cannot be read.
@@ -186,7 +232,43 @@ mod tests {
     use super::*;
 
     fn reason<E: Into<anyhow::Error>>(error: E) -> Reason {
-        Reason::of(&Err::<(), _>(error.into()).context("role").context("outer").unwrap_err())
+        on(Device::Cpu, error)
+    }
+
+    fn on<E: Into<anyhow::Error>>(device: Device, error: E) -> Reason {
+        Reason::of(&Err::<(), _>(error.into()).context("role").context("outer").unwrap_err(), device)
+    }
+
+    #[test]
+    fn what_an_accelerator_lacks_is_told_apart() {
+        let device = Device::Cuda(0);
+        let cuda = |source| on(device, DeviceError::Cuda { device, source });
+        for (source, reason) in [
+            (
+                CudaError::NoDriver { looked_for: vec!["libcuda.so.1".into()] },
+                Reason::AcceleratorDriverMissing,
+            ),
+            (CudaError::OldDriver { found: 12080 }, Reason::AcceleratorDriverMissing),
+            (CudaError::NoDevice { ordinal: 0, count: 0 }, Reason::AcceleratorNotFound),
+            (
+                CudaError::Architecture { ordinal: 0, name: "NVIDIA A100".into(), found: "8.0".into() },
+                Reason::AcceleratorUnsupported,
+            ),
+            (
+                CudaError::NoKernels { file: "gemm.cubin".into(), looked_in: vec!["/kernels".into()] },
+                Reason::AcceleratorUnsupportedByImage,
+            ),
+            (CudaError::OutOfMemory { op: "kv_cache", bytes: 2, free: 1 }, Reason::AcceleratorOutOfMemory),
+        ] {
+            assert_eq!(cuda(source), reason);
+        }
+        assert_eq!(on(device, DeviceError::Static { device }), Reason::AcceleratorUnsupportedByImage);
+        let loading = || LoadError::Backend {
+            tensor: "lm_head".into(),
+            source: OpsError::OutOfMemory { op: "upload", bytes: 1 << 40 },
+        };
+        assert_eq!(on(device, loading()), Reason::AcceleratorOutOfMemory);
+        assert_eq!(reason(loading()), Reason::InsufficientMemory, "the host's");
     }
 
     #[test]
@@ -218,6 +300,17 @@ mod tests {
     }
 
     #[test]
+    fn a_cause_is_said_once() {
+        let device = Device::Cuda(0);
+        let error = DeviceError::Cuda { device, source: CudaError::OldDriver { found: 12080 } };
+        let said = words(&anyhow::Error::new(error).context("expert 0"));
+        assert_eq!(
+            said,
+            "expert 0: device cuda:0: the NVIDIA driver is of CUDA 12.8; 13.0 or newer is needed"
+        );
+    }
+
+    #[test]
     fn a_line_is_one_line_within_the_bound() {
         assert_eq!(line(Reason::Internal, "a:\n  b\n\nc"), "Internal: a:; b; c\n");
         let long = line(Reason::CheckpointInvalid, &"ü".repeat(5000));
@@ -230,8 +323,8 @@ mod tests {
     fn an_error_is_written_and_an_unwritable_log_is_no_error() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log");
-        write(&log, &anyhow::anyhow!("inner").context("router"));
+        write(&log, &anyhow::anyhow!("inner").context("router"), Device::Cpu);
         assert_eq!(std::fs::read_to_string(&log).unwrap(), "Internal: router: inner\n");
-        write(&dir.path().join("no/such/folder"), &anyhow::anyhow!("x"));
+        write(&dir.path().join("no/such/folder"), &anyhow::anyhow!("x"), Device::Cpu);
     }
 }

@@ -120,7 +120,8 @@ pub(crate) async fn worker(args: WorkerArgs) -> Result<()> {
         RoleName::Both => "worker",
     };
     let log = args.role_args.termination_log.clone();
+    let device = args.device;
     let stop = args.role_args.begin(name)?;
     let run = async { cadre_worker::run(args.options()?, stop).await };
-    ended(run.await, name, log.as_deref())
+    ended(run.await, name, log.as_deref(), device)
 }

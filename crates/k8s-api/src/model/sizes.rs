@@ -98,12 +98,12 @@ impl MoEModelSpec {
         }
     }
 
-    /// KV cache of one pod of the tier; experts have none.
+    /// KV cache of one pod of the tier; shards have one if there is a worker beside them.
     pub fn kv_cache(&self, tier: Tier) -> Option<&Quantity> {
         match tier {
             Tier::Prefill => Some(&self.prefill.kv_cache),
             Tier::Decode => Some(&self.decode.kv_cache),
-            Tier::Experts => None,
+            Tier::Experts => self.experts.worker.as_ref().map(|worker| &worker.kv_cache),
         }
     }
 }

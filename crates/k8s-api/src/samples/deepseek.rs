@@ -6,15 +6,14 @@ use k8s_openapi::{api::core::v1::Toleration, apimachinery::pkg::api::resource::Q
 
 use super::{Object, Sample};
 use crate::{
-    MoEModel, MoEModelSpec,
+    IMAGE_CUDA, MoEModel, MoEModelSpec,
     model::{
         Accelerator, BudgetSpec, ClaimSource, ExpertLimits, ExpertTierSpec, ModelSource, ModelSpec,
-        NetworkSpec, Numerics, PodSpec, Resources, RouterSpec, WorkerLimits, WorkerTierSpec,
+        NetworkSpec, Numerics, PodSpec, Resources, RouterSpec, ShardWorkerSpec, WorkerLimits, WorkerTierSpec,
     },
 };
 
 const GPU: &str = "nvidia.com/gpu";
-const SHARED_GPU: &str = "nvidia.com/gpu.shared";
 const POOL: &str = "example.com/pool";
 
 pub(super) fn quantity(text: &str) -> Quantity {
@@ -30,27 +29,27 @@ pub(super) fn resources(cpu: &str, memory: &str) -> PodSpec {
 
 /// The same, on the nodes of a pool.
 fn in_pool(pool: &str, pod: PodSpec) -> PodSpec {
-    let toleration = |key: &str, value: Option<&str>| Toleration {
+    let toleration = |key: &str, value: &str| Toleration {
         key: Some(key.to_owned()),
-        operator: Some(if value.is_some() { "Equal" } else { "Exists" }.to_owned()),
-        value: value.map(str::to_owned),
+        operator: Some("Equal".to_owned()),
+        value: Some(value.to_owned()),
         effect: Some("NoSchedule".to_owned()),
         ..Toleration::default()
     };
     PodSpec {
         node_selector: BTreeMap::from([(POOL.to_owned(), pool.to_owned())]),
-        tolerations: vec![toleration(POOL, Some(pool)), toleration(GPU, None)],
+        tolerations: vec![toleration(POOL, pool)],
         ..pod
     }
 }
 
-fn workers(replicas: i32, kv_cache: &str, gpu: &str, pod: PodSpec) -> WorkerTierSpec {
+fn workers(replicas: i32, kv_cache: &str, pod: PodSpec) -> WorkerTierSpec {
     let limits = WorkerLimits::default();
-    WorkerTierSpec { replicas, kv_cache: quantity(kv_cache), limits, accelerator: one(gpu), pod }
+    WorkerTierSpec { replicas, kv_cache: quantity(kv_cache), limits, accelerator: gpu(), pod }
 }
 
-fn one(resource: &str) -> Option<Accelerator> {
-    Some(Accelerator { resource: resource.to_owned(), count: 1 })
+fn gpu() -> Option<Accelerator> {
+    Some(Accelerator { resource: GPU.to_owned(), count: 1 })
 }
 
 /// What differs between the three.
@@ -66,13 +65,13 @@ struct Sizes {
 fn model(sizes: Sizes) -> Result<serde_json::Value, serde_json::Error> {
     let claim = ClaimSource { claim_name: "deepseek-v3".to_owned(), path: sizes.path.map(str::to_owned) };
     let spec = MoEModelSpec {
-        image: None,
+        image: Some(IMAGE_CUDA.to_owned()),
         image_pull_secrets: Vec::new(),
         model: ModelSpec {
             source: ModelSource { persistent_volume_claim: Some(claim), ..ModelSource::default() },
             served_name: Some("deepseek-ai/DeepSeek-V3".to_owned()),
             routed_experts: 256,
-            numerics: Numerics::Bf16,
+            numerics: Numerics::CudaFp8,
         },
         router: RouterSpec { pod: sizes.router, ..RouterSpec::default() },
         prefill: sizes.prefill,
@@ -89,16 +88,17 @@ pub(super) fn one_node() -> Result<Sample, serde_json::Error> {
     let value = model(Sizes {
         path: None,
         router: resources("2", "2Gi"),
-        prefill: workers(1, "32Gi", GPU, resources("8", "64Gi")),
-        decode: workers(1, "64Gi", GPU, resources("8", "96Gi")),
+        prefill: workers(1, "32Gi", resources("8", "32Gi")),
+        decode: workers(1, "64Gi", resources("8", "32Gi")),
         experts: ExpertTierSpec {
             shards: 6,
             redundant_slots: 8,
             min_copies: 1,
             spread_by: "kubernetes.io/hostname".to_owned(),
             limits: ExpertLimits::default(),
-            accelerator: one(GPU),
-            pod: resources("8", "116Gi"),
+            accelerator: gpu(),
+            worker: None,
+            pod: resources("8", "16Gi"),
         },
         gpus: 8,
     })?;
@@ -111,8 +111,8 @@ expert has 42 MiB in each of 58 MoE layers and the MTP layer, so a slot is 2.42 
 44 each, 106.6 GiB. A worker has 17.9 GiB of its own, and 1 GiB of KV cache holds about 15,000 tokens. An
 accelerator of 141 GB (131 GiB) holds a shard; one of 80 GB does not: see deepseek-v3-ep32.yaml.
 
-Today every process computes on the CPU, so the memory requests below are what the weights take there. The
-accelerators are set aside and reserved for the backend to come.",
+Weights and KV are on the accelerators; the memory requests are for what is on its way there and for staging.
+What nodes need (driver, device plugin, runtime) is in docs/operations.md, GPU nodes.",
         objects: vec![Object {
             value,
             notes: &[(
@@ -129,33 +129,31 @@ pub(super) fn ep32() -> Result<Sample, serde_json::Error> {
     let value = model(Sizes {
         path: None,
         router: resources("4", "4Gi"),
-        prefill: workers(8, "16Gi", SHARED_GPU, resources("4", "40Gi")),
-        decode: workers(24, "24Gi", SHARED_GPU, resources("4", "48Gi")),
+        prefill: workers(8, "32Gi", resources("8", "32Gi")),
+        decode: workers(0, "24Gi", resources("8", "32Gi")),
         experts: ExpertTierSpec {
             shards: 32,
             redundant_slots: 32,
             min_copies: 1,
             spread_by: "kubernetes.io/hostname".to_owned(),
             limits: ExpertLimits::default(),
-            accelerator: one(SHARED_GPU),
-            pod: resources("4", "28Gi"),
+            accelerator: gpu(),
+            worker: Some(ShardWorkerSpec { kv_cache: quantity("24Gi"), limits: WorkerLimits::default() }),
+            pod: resources("8", "32Gi"),
         },
-        gpus: 64,
+        gpus: 40,
     })?;
     Ok(Sample {
         file: "deepseek-v3-ep32.yaml",
         about: "DeepSeek-V3 with 32 expert shards (EP32) on 4 nodes of 8 accelerators, as in its technical report: every
-accelerator runs one shard and one attention worker.
-
-Two pods on one accelerator need a device plugin that shares it: here NVIDIA's time-slicing with `replicas: 2` and
-`renameByDefault: true`, which offers 16 `nvidia.com/gpu.shared` per node. 32 shards + 8 prefill + 24 decode
-workers are 64 halves.
+accelerator holds a shard and a decode worker, in one process (`experts.worker`): two processes that take
+turns on a card need 151 us a turn where one alone needs 14. Prompts are computed on a fifth node.
 
 Sizes, from `cadre inspect DIR --shards 32 --redundant-slots 32`: 9 slots of 2.42 GiB per shard, 21.8 GiB; a worker
 has 17.9 GiB of its own and 1 GiB of KV cache holds about 15,000 tokens. Together below 80 GB.
 
-Today every process computes on the CPU, so the memory requests below are what the weights take there. The
-accelerators are set aside and reserved for the backend to come.",
+Weights and KV are on the accelerators; the memory requests are for what is on its way there and for staging.
+What nodes need (driver, device plugin, runtime) is in docs/operations.md, GPU nodes.",
         objects: vec![Object {
             value,
             notes: &[(
@@ -171,16 +169,17 @@ pub(super) fn pools() -> Result<Sample, serde_json::Error> {
     let value = model(Sizes {
         path: Some("models/DeepSeek-V3"),
         router: resources("4", "4Gi"),
-        prefill: workers(2, "32Gi", GPU, in_pool("prefill", resources("8", "64Gi"))),
-        decode: workers(8, "48Gi", GPU, in_pool("decode", resources("8", "80Gi"))),
+        prefill: workers(2, "32Gi", in_pool("prefill", resources("8", "32Gi"))),
+        decode: workers(8, "48Gi", in_pool("decode", resources("8", "32Gi"))),
         experts: ExpertTierSpec {
             shards: 32,
             redundant_slots: 256,
             min_copies: 2,
             spread_by: "topology.kubernetes.io/zone".to_owned(),
             limits: ExpertLimits::default(),
-            accelerator: one(GPU),
-            pod: in_pool("experts", resources("8", "48Gi")),
+            accelerator: gpu(),
+            worker: None,
+            pod: in_pool("experts", resources("8", "16Gi")),
         },
         gpus: 48,
     })?;
@@ -196,8 +195,8 @@ every expert, so that a whole zone may be lost.
 Sizes, from `cadre inspect DIR --shards 32 --redundant-slots 256`: 16 slots of 2.42 GiB per shard, 38.8 GiB; a
 worker has 17.9 GiB of its own and 1 GiB of KV cache holds about 15,000 tokens.
 
-Today every process computes on the CPU, so the memory requests below are what the weights take there. The
-accelerators are set aside and reserved for the backend to come.",
+Weights and KV are on the accelerators; the memory requests are for what is on its way there and for staging.
+What nodes need (driver, device plugin, runtime) is in docs/operations.md, GPU nodes.",
         objects: vec![Object {
             value,
             notes: &[(

@@ -37,6 +37,7 @@ pub(super) fn sample() -> Result<Sample, serde_json::Error> {
             redundant_slots: 32,
             min_copies: 2,
             spread_by: "kubernetes.io/hostname".to_owned(),
+            worker: None,
             limits: ExpertLimits::default(),
             accelerator: None,
             pod: resources("100m", "96Mi"),

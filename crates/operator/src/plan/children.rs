@@ -130,14 +130,20 @@ fn workloads(facts: &Facts<'_>, pace: &Pace, rendered: &mut Rendered) {
         }
         match component {
             Component::Router => rendered.add(component, router::deployment(&blueprint)),
-            Component::Tier(Tier::Experts) => rendered.add(component, experts::stateful_set(&blueprint)),
-            Component::Tier(tier) => match facts.spec().kv_cache(tier).map(quantity::units) {
-                Some(Ok(bytes)) => rendered.add(component, workers::deployment(&blueprint, tier, bytes)),
-                Some(Err(error)) => {
-                    let message = format!("spec.{}.kvCache: {error}", tier.suffix());
+            Component::Tier(tier) => match (tier, facts.spec().kv_cache(tier).map(quantity::units)) {
+                (_, Some(Err(error))) => {
+                    let field = if tier == Tier::Experts { "worker.kvCache" } else { "kvCache" };
+                    let message = format!("spec.{}.{field}: {error}", tier.suffix());
                     rendered.faults.push((component, Reason::InvalidConfiguration, message));
                 }
-                None => {}
+                (Tier::Experts, bytes) => {
+                    let bytes = bytes.and_then(Result::ok);
+                    rendered.add(component, experts::stateful_set(&blueprint, bytes));
+                }
+                (_, Some(Ok(bytes))) => {
+                    rendered.add(component, workers::deployment(&blueprint, tier, bytes));
+                }
+                (_, None) => {}
             },
         }
     }

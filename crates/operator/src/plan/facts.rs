@@ -113,6 +113,14 @@ impl<'a> Facts<'a> {
         self.active(Component::Tier(tier)).filter(routable).count()
     }
 
+    /// Pods of shards with a worker beside them, and those of them whose worker gets work.
+    pub(super) fn workers_beside_shards(&self) -> (usize, usize) {
+        let by_word = self.word().is_some();
+        let routable = |pod: &&OurPod<'a>| if by_word { pod.is_worker_routable() } else { pod.gate() };
+        let pods = || self.active(Component::Tier(Tier::Experts)).filter(|pod| pod.has_worker_beside());
+        (pods().count(), pods().filter(routable).count())
+    }
+
     /// The router whose coordinator members and operator ask: of several that run, the one that came first. A newer one
     /// stands by until that has gone.
     pub(super) fn router_in_charge(&self) -> Option<&OurPod<'a>> {

@@ -43,7 +43,24 @@ fn verdict(facts: &Facts<'_>, pod: &OurPod<'_>) -> Option<(bool, &'static str, S
         return None;
     }
     match facts.present() {
-        Some(status) => of_member(facts, status, pod.member),
+        Some(status) => {
+            let shard_or_worker = of_member(facts, status, pod.member);
+            if !pod.has_worker_beside() {
+                return shard_or_worker;
+            }
+            // Two members: the pod is routable when both are, and the first that is not says why.
+            let worker = of_member(facts, status, pod.beside);
+            let beside = worker.map(|(routable, reason, message)| {
+                (routable, reason, format!("the worker beside it: {message}"))
+            });
+            match shard_or_worker {
+                Some((true, ..)) => match beside {
+                    Some((true, ..)) => shard_or_worker,
+                    other => other,
+                },
+                other => other,
+            }
+        }
         None if facts.word().is_some() || facts.is_new_here() => None,
         None => {
             let why = facts.unreachable().unwrap_or_default();
@@ -66,7 +83,9 @@ fn of_member(
     }
     let (reason, message) = match member.member.state {
         MemberState::Draining => ("Draining", "it finishes what it has"),
-        MemberState::Starting => ("Starting", "registered; weights or peers are missing"),
+        MemberState::Starting => {
+            ("Starting", "registered; weights, peers or a step that the router asks for are missing")
+        }
         MemberState::Ready if status.generation.epoch.0 == 0 => ("NotPlaced", "no placement is in force"),
         MemberState::Ready => ("NotPlaced", "no placement in use has it"),
     };

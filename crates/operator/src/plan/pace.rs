@@ -10,7 +10,7 @@ use std::cmp::Ordering;
 
 use cadre_k8s_api::Tier;
 use cadre_types::Role;
-use k8s_openapi::api::{apps::v1::Deployment, core::v1::Container};
+use k8s_openapi::api::core::v1::{Container, PodTemplateSpec};
 
 use super::{component::Component, facts::Facts, pods::OurPod, wants::Wants};
 
@@ -95,9 +95,14 @@ fn prefill(facts: &Facts<'_>, wants: &Wants) -> i32 {
     let desired = wants.desired(Tier::Prefill);
     let current =
         facts.deployment(Component::Tier(Tier::Prefill)).and_then(|found| found.spec.as_ref()?.replicas);
-    let needed = || facts.active(Component::Tier(Tier::Decode)).any(|pod| has_role(pod, Role::Decode));
+    let needed = || {
+        let decode = [Tier::Decode, Tier::Experts].map(Component::Tier);
+        decode.into_iter().any(|of| facts.active(of).any(|pod| has_role(pod, Role::Decode)))
+    };
     match current {
-        Some(current) if desired == 0 && current > 0 && wants.desired(Tier::Decode) > 0 && needed() => {
+        Some(current)
+            if desired == 0 && current > 0 && wants.decode_workers(facts.spec()) > 0 && needed() =>
+        {
             current
         }
         _ => desired,
@@ -105,23 +110,28 @@ fn prefill(facts: &Facts<'_>, wants: &Wants) -> i32 {
 }
 
 fn has_role(pod: &OurPod<'_>, role: Role) -> bool {
-    pod.member.is_some_and(|member| member.routable && member.member.role == role)
+    [pod.member, pod.beside].into_iter().flatten().any(|member| member.routable && member.member.role == role)
 }
 
 fn decode_role(facts: &Facts<'_>, wants: &Wants) -> DecodeRole {
     if wants.desired(Tier::Prefill) == 0 {
         return DecodeRole::Both;
     }
-    let does_both = facts.deployment(Component::Tier(Tier::Decode)).is_some_and(runs_both);
+    let templates = facts
+        .deployment(Component::Tier(Tier::Decode))
+        .and_then(|found| found.spec.as_ref())
+        .map(|spec| &spec.template)
+        .into_iter()
+        .chain(facts.stateful_set().and_then(|found| found.spec.as_ref()).map(|spec| &spec.template));
+    let does_both = templates.into_iter().any(runs_both);
     match does_both && facts.routable(Tier::Prefill) == 0 {
         true => DecodeRole::Both,
         false => DecodeRole::Decode,
     }
 }
 
-fn runs_both(deployment: &Deployment) -> bool {
-    let containers =
-        deployment.spec.iter().filter_map(|spec| spec.template.spec.as_ref()).flat_map(|pod| &pod.containers);
+fn runs_both(template: &PodTemplateSpec) -> bool {
+    let containers = template.spec.iter().flat_map(|pod| &pod.containers);
     let args = |container: &Container| {
         let args = container.args.as_deref().unwrap_or_default();
         args.windows(2).any(|pair| pair[0] == "--role" && pair[1] == DecodeRole::Both.flag())

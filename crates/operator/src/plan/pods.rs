@@ -6,9 +6,9 @@ use cadre_k8s_api::{
     Tier,
     names::{ROUTABLE_GATE, label},
 };
-use cadre_types::{CoordinatorStatus, MemberStatus, PodRef};
+use cadre_types::{CoordinatorStatus, MemberStatus, PodRef, Role};
 use k8s_openapi::{
-    api::core::v1::{ContainerState, ContainerStatus, Pod, PodCondition},
+    api::core::v1::{Container, ContainerPort, ContainerState, ContainerStatus, Pod, PodCondition},
     jiff::Timestamp,
 };
 
@@ -22,8 +22,10 @@ pub(super) const POD_INDEX: &str = "apps.kubernetes.io/pod-index";
 pub(super) struct OurPod<'a> {
     pub(super) pod: &'a Pod,
     pub(super) component: Component,
-    /// The coordinator's word, if it has one.
+    /// The coordinator's word on what the pod is there for (a shard's, in a pod of the shards), if it has one.
     pub(super) member: Option<&'a MemberStatus>,
+    /// The same on the worker beside a shard.
+    pub(super) beside: Option<&'a MemberStatus>,
 }
 
 impl<'a> OurPod<'a> {
@@ -102,6 +104,22 @@ impl<'a> OurPod<'a> {
         self.member.is_some_and(|member| member.routable)
     }
 
+    /// A shard with a worker beside it, by what it was made from.
+    pub(super) fn has_worker_beside(&self) -> bool {
+        self.component == Component::Tier(Tier::Experts)
+            && self.spec().is_some_and(|own| own.ports.iter().flatten().any(is_workers))
+    }
+
+    /// The coordinator routes to the worker beside its shard.
+    pub(super) fn is_worker_routable(&self) -> bool {
+        self.beside.is_some_and(|member| member.routable)
+    }
+
+    fn spec(&self) -> Option<&'a Container> {
+        let containers = &self.pod.spec.as_ref()?.containers;
+        containers.iter().find(|container| container.name == CONTAINER)
+    }
+
     /// The only container; sidecars that somebody injects come after it or have other names.
     pub(super) fn container(&self) -> Option<&'a ContainerStatus> {
         let statuses = self.pod.status.as_ref()?.container_statuses.as_ref()?;
@@ -110,8 +128,7 @@ impl<'a> OurPod<'a> {
 
     /// The image that it is to run.
     pub(super) fn image(&self) -> Option<&'a str> {
-        let containers = &self.pod.spec.as_ref()?.containers;
-        containers.iter().find(|container| container.name == CONTAINER)?.image.as_deref()
+        self.spec()?.image.as_deref()
     }
 
     /// The process itself says that it serves (`/readyz`).
@@ -119,7 +136,7 @@ impl<'a> OurPod<'a> {
         self.container().is_some_and(|container| container.ready)
     }
 
-    /// The process answers on its admin port (`/healthz`): its servers are up.
+    /// The process says that it has started (`/startedz`): its files are read and its servers are up.
     pub(super) fn has_started(&self) -> bool {
         self.container()
             .is_some_and(|container| container.started == Some(true) && self.running_since().is_some())
@@ -146,6 +163,13 @@ impl<'a> OurPod<'a> {
     }
 }
 
+/// Name of a worker's port.
+pub(super) const WORKER_PORT: &str = "worker";
+
+fn is_workers(port: &ContainerPort) -> bool {
+    port.name.as_deref() == Some(WORKER_PORT)
+}
+
 /// Name of the container in every pod.
 pub(super) const CONTAINER: &str = "cadre";
 
@@ -165,8 +189,10 @@ pub(super) fn ours<'a>(
             (labels.get(label::MODEL).map(String::as_str) == Some(model)).then_some(())?;
             is_made_by(pod, &component.object_name(model), component).then_some(())?;
             let uid = pod.metadata.uid.as_deref()?;
-            let member = members.get(uid).copied();
-            Some(OurPod { pod, component, member })
+            let of = |is_shard: bool| members.get(&(uid, is_shard)).copied();
+            let is_shard = component == Component::Tier(Tier::Experts);
+            let beside = is_shard.then(|| of(false)).flatten();
+            Some(OurPod { pod, component, member: of(is_shard), beside })
         })
         .collect();
     ours.sort_by_key(|pod| (pod.name(), pod.uid()));
@@ -186,12 +212,13 @@ fn is_made_by(pod: &Pod, workload: &str, component: Component) -> bool {
     })
 }
 
-/// By uid of the pod. Of two lives of one pod (the old one's lease runs) the routable one is it.
-fn members(status: Option<&CoordinatorStatus>) -> BTreeMap<&str, &MemberStatus> {
-    let mut members: BTreeMap<&str, &MemberStatus> = BTreeMap::new();
+/// By uid of the pod, shards apart from workers: a pod may hold one of each. Of two lives of one pod (the old one's lease runs) the routable one is it.
+fn members(status: Option<&CoordinatorStatus>) -> BTreeMap<(&str, bool), &MemberStatus> {
+    let mut members: BTreeMap<(&str, bool), &MemberStatus> = BTreeMap::new();
     for member in status.iter().flat_map(|status| &status.members) {
         let Some(pod) = &member.member.pod else { continue };
-        let known = members.entry(&pod.uid).or_insert(member);
+        let is_shard = matches!(member.member.role, Role::Expert(_));
+        let known = members.entry((&pod.uid, is_shard)).or_insert(member);
         if (member.routable, &member.member.id) > (known.routable, &known.member.id) {
             *known = member;
         }

@@ -76,7 +76,7 @@ fn outdated(facts: &Facts<'_>, rendered: &Rendered, applied: &Applied) -> (Vec<V
         .map(|pod| Victim::new(pod, "it serves another checkpoint or in another numerics class"))
         .collect();
     let (idle, serving): (Vec<&OurPod<'_>>, Vec<&OurPod<'_>>) =
-        same.into_iter().partition(|pod| !pod.serves() && !pod.is_routable());
+        same.into_iter().partition(|pod| !pod.serves() && !pod.is_routable() && !pod.is_worker_routable());
     victims
         .extend(idle.iter().map(|pod| Victim::new(pod, "its template is out of date and it serves nothing")));
     // From the top, so that a layout that is about to shrink has less to replace.

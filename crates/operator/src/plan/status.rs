@@ -21,6 +21,7 @@ use super::{
     wants::{Wants, selector},
 };
 
+mod accelerators;
 mod covered;
 mod degraded;
 mod progressing;
@@ -85,6 +86,7 @@ impl Judged<'_, '_> {
                 .or_else(|| before?.model_hash.clone()),
             imbalance: self.imbalance(),
             loading: self.loading(),
+            accelerators: self.accelerators(),
         }
     }
 
@@ -98,7 +100,7 @@ impl Judged<'_, '_> {
             let name = ConditionType::ScalingLimited.name();
             let condition =
                 before.and_then(|status| status.conditions.iter().find(|known| known.type_ == name));
-            let counts = self.tier(*tier);
+            let counts = self.own(*tier);
             let status = MoETierStatus {
                 observed_generation: generation,
                 replicas: counts.replicas,
@@ -106,6 +108,10 @@ impl Judged<'_, '_> {
                 desired: counts.desired,
                 selector: selector(self.facts.name(), *tier),
                 loaded: self.loading().filter(|_| *tier == Tier::Experts).map(|loading| loading.summary),
+                accelerators: self.accelerators().and_then(|all| {
+                    let own: Vec<_> = all.cards.iter().filter(|card| card.tier == *tier).collect();
+                    (!own.is_empty()).then(|| accelerators::summary(own))
+                }),
                 conditions: vec![dated(
                     self.facts,
                     ConditionType::ScalingLimited,
@@ -143,11 +149,20 @@ impl Judged<'_, '_> {
         Verdict::new("True", first.reason, messages.join("; "))
     }
 
+    /// The pods of a tier, which its MoETier scales.
+    fn own(&self, tier: Tier) -> TierStatus {
+        let replicas = self.facts.active(Component::Tier(tier)).count();
+        counts(self.wants.desired(tier), replicas, self.facts.routable(tier))
+    }
+
+    /// A tier as the model has it: decode workers beside shards are decode workers.
     fn tier(&self, tier: Tier) -> TierStatus {
-        let desired = self.wants.desired(tier);
-        let replicas = count(self.facts.active(Component::Tier(tier)).count());
-        let ready = count(self.facts.routable(tier));
-        TierStatus { desired, replicas, ready, summary: format!("{ready}/{desired}") }
+        if tier != Tier::Decode {
+            return self.own(tier);
+        }
+        let (beside, routable) = self.facts.workers_beside_shards();
+        let replicas = self.facts.active(Component::Tier(tier)).count() + beside;
+        counts(self.wants.decode_workers(self.facts.spec()), replicas, self.facts.routable(tier) + routable)
     }
 
     /// Components with fewer pods that work is routed to than wanted.
@@ -155,15 +170,18 @@ impl Judged<'_, '_> {
         let router = self.facts.active(Component::Router).any(|pod| pod.serves() || pod.has_started());
         let router = (!router).then(|| (Component::Router, self.pods_in_words(Component::Router, 0, 1)));
         let tiers = Tier::ALL.into_iter().filter_map(|tier| {
-            let (routable, desired) = (count(self.facts.routable(tier)), self.wants.desired(tier));
+            let TierStatus { ready, desired, .. } = self.tier(tier);
             let component = Component::Tier(tier);
-            (routable < desired).then(|| (component, self.pods_in_words(component, routable, desired)))
+            (ready < desired).then(|| (component, self.pods_in_words(component, ready, desired)))
         });
         router.into_iter().chain(tiers).collect()
     }
 
     fn pods_in_words(&self, component: Component, routable: i32, desired: i32) -> String {
-        let pods = count(self.facts.active(component).count());
+        let pods = match component {
+            Component::Router => count(self.facts.active(component).count()),
+            Component::Tier(tier) => self.tier(tier).replicas,
+        };
         let what = if component == Component::Router { "running" } else { "routable" };
         let exist = if pods < desired { format!(", {pods} exist") } else { String::new() };
         format!("{}: {routable} of {desired} pods {what}{exist}", component.label())
@@ -216,6 +234,11 @@ impl Judged<'_, '_> {
             _ => Some(format!("{now:.2}")),
         }
     }
+}
+
+fn counts(desired: i32, replicas: usize, ready: usize) -> TierStatus {
+    let (replicas, ready) = (count(replicas), count(ready));
+    TierStatus { desired, replicas, ready, summary: format!("{ready}/{desired}") }
 }
 
 fn count(pods: usize) -> i32 {

@@ -1,5 +1,6 @@
 //! Scenarios of the plan, each named by the behaviour that it shows.
 
+mod beside;
 mod change;
 mod children;
 mod cluster;

@@ -90,6 +90,12 @@ impl Wants {
         self.of_tier(tier).desired
     }
 
+    /// Decode workers: those of the tier, and those beside shards.
+    pub(super) fn decode_workers(&self, spec: &MoEModelSpec) -> i32 {
+        let beside = if spec.experts.worker.is_some() { self.desired(Tier::Experts) } else { 0 };
+        self.desired(Tier::Decode).saturating_add(beside)
+    }
+
     /// The layout of the experts.
     pub(super) fn layout(&self) -> Layout {
         self.layout

@@ -59,6 +59,7 @@ pub(super) fn numerics(numerics: Numerics) -> &'static str {
         Numerics::F32 => "f32",
         Numerics::Bf16 => "bf16",
         Numerics::Fp8 => "fp8",
+        Numerics::CudaFp8 => "cuda-fp8",
     }
 }
 

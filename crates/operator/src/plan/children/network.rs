@@ -4,8 +4,8 @@
 //! |---|---|
 //! | router, clients | pods of the model's namespace, and `spec.network.clients` |
 //! | router, coordinator | workers and shards of the model, the operator |
-//! | workers | router and workers of the model |
-//! | shards | workers of the model |
+//! | workers, also beside shards | router and workers of the model |
+//! | shards | router and workers of the model |
 //! | all, metrics | everybody, or `spec.network.metrics` |
 //!
 //! What leaves the pods is not restricted: a policy that forgets DNS, a proxy or a collector costs more than it
@@ -51,6 +51,13 @@ pub(super) fn policies(facts: &Facts<'_>) -> Vec<Option<Child>> {
 
 fn policy(facts: &Facts<'_>, component: Component) -> Option<Child> {
     let network = &facts.spec().network;
+    // Pods of shards with a worker beside them are workers as well.
+    let beside = facts.spec().experts.worker.is_some();
+    let workers: &[Component] = if beside {
+        &[Component::Router, PREFILL, DECODE, EXPERTS]
+    } else {
+        &[Component::Router, PREFILL, DECODE]
+    };
     let mut ingress = match component {
         Component::Router => {
             let mut clients = vec![pods(LabelSelector::default())];
@@ -58,10 +65,12 @@ fn policy(facts: &Facts<'_>, component: Component) -> Option<Child> {
             let members = vec![of_model(facts, &[PREFILL, DECODE, EXPERTS]), operator(facts)];
             vec![rule(&[port::GRPC, port::HTTP], clients), rule(&[port::COORDINATOR], members)]
         }
-        EXPERTS => vec![rule(&[port::EXPERT], vec![of_model(facts, &[PREFILL, DECODE])])],
-        Component::Tier(_) => {
-            vec![rule(&[port::WORKER], vec![of_model(facts, &[Component::Router, PREFILL, DECODE])])]
+        // The router asks a shard for a step before it admits it.
+        EXPERTS => {
+            let ports: &[u16] = if beside { &[port::EXPERT, port::WORKER] } else { &[port::EXPERT] };
+            vec![rule(ports, vec![of_model(facts, workers)])]
         }
+        Component::Tier(_) => vec![rule(&[port::WORKER], vec![of_model(facts, workers)])],
     };
     ingress.push(rule(&[port::ADMIN], network.metrics.iter().map(plain).collect()));
     let policy = NetworkPolicy {

@@ -3,11 +3,17 @@
 //! **Security.** Every pod is admitted by the restricted pod security standard, but for a hostPath checkpoint,
 //! which that standard forbids. No process writes a file but its termination message.
 //!
-//! **Probes.** Liveness and start ask `/healthz`, which depends on no peer and no weight: nobody is killed for
-//! loading slowly or for the loss of somebody else. Readiness asks `/readyz`; members are ready for Kubernetes
-//! only if the coordinator says so as well (readiness gate). A normal start fails no probe, because each failure is an
-//! event `Unhealthy` and a word of alarm: the first probe comes when the servers listen, and `/readyz` of a process that
-//! was never ready holds its answer until it is. After that it answers at once.
+//! **Probes.** Liveness asks `/healthz`, which depends on no peer and no weight: nobody is killed for
+//! loading slowly or for the loss of somebody else. The start asks `/startedz`, readiness `/readyz`; members are ready for
+//! Kubernetes only if the coordinator says so as well (readiness gate). A normal start fails no probe, because each failure
+//! is an event `Unhealthy` and a word of alarm: processes serve their admin port before anything else, and `/startedz` and
+//! `/readyz` of a process that has not started, or was never ready, hold their answer until it has and is. After that they
+//! answer at once.
+//!
+//! **Accelerators.** A pod with one is told to compute on the first that its container has; which one that is, is the
+//! device plugin's choice. One without is told to compute on the CPU, whatever the image could do, and hidden from a node's
+//! NVIDIA runtime, which would otherwise mount what the pod has not been given. GPU nodes are tainted by convention; the
+//! toleration of that taint comes with the accelerator.
 //!
 //! **Grace.** A process drains for `drainSeconds` at most and is killed only if it hangs after that.
 //!
@@ -53,13 +59,16 @@ const SECRET_DIR: &str = "/etc/cadre/cluster-secret";
 const SECRET_VOLUME: &str = "cluster-secret";
 
 const PROBE_SECONDS: i32 = 2;
-/// A process listens a tenth of a second after it began; a node that starts many at once is slower.
+/// A process serves its admin port first, a tenth of a second after it began; a node that starts many at once is slower.
 const START_DELAY_SECONDS: i32 = 1;
+/// Longest hold of `/startedz`: a folder of hundreds of files on a slow network is opened within.
+const START_HOLD_SECONDS: i32 = 900;
+/// A node that takes so many periods until a process listens is out of order; a process that hangs in reading its files is
+/// ended after as many holds, three hours.
+const START_FAILURES: i32 = 12;
 /// Longest hold of the first readiness: as long as a rollout may take ([`PROGRESS_DEADLINE_SECONDS`]). A process that hangs
 /// meanwhile is found by liveness.
 const HOLD_SECONDS: i32 = PROGRESS_DEADLINE_SECONDS;
-/// A folder of hundreds of files on a slow network is opened before `/healthz` answers: 15 minutes.
-const START_FAILURES: i32 = 450;
 /// A process that hangs is restarted after a minute; one on a busy machine is not.
 const LIVENESS_SECONDS: i32 = 10;
 const LIVENESS_FAILURES: i32 = 6;
@@ -71,6 +80,8 @@ pub(super) struct Process<'a> {
     pub(super) args: Vec<String>,
     pub(super) ports: Vec<(&'static str, u16)>,
     pub(super) env: Vec<EnvVar>,
+    /// What it takes to end beyond the drain.
+    pub(super) more_drain_seconds: i32,
     pub(super) pod: &'a TierPod,
     pub(super) accelerator: Option<&'a Accelerator>,
     /// It is admitted by the coordinator.
@@ -94,9 +105,16 @@ impl Blueprint<'_> {
     }
 
     /// Flags of workers and shards.
-    pub(super) fn member_args(&self, listen: u16) -> Vec<String> {
+    pub(super) fn member_args(&self, listen: u16, accelerator: Option<&Accelerator>) -> Vec<String> {
         let coordinator = format!("{}:{}", names::coordinator_service(self.facts.name()), port::COORDINATOR);
-        ["--coordinator".to_owned(), coordinator, "--listen".to_owned(), everywhere(listen)].to_vec()
+        // The device plugin shows a container its own accelerators only, numbered from 0.
+        let device = if accelerator.is_some() { "cuda:0" } else { "cpu" };
+        let flags = [
+            ("--coordinator", coordinator),
+            ("--listen", everywhere(listen)),
+            ("--device", device.to_owned()),
+        ];
+        flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect()
     }
 }
 
@@ -111,9 +129,9 @@ pub(super) fn rolling(surge: u8, unavailable: u8) -> DeploymentStrategy {
     }
 }
 
-/// On every interface.
+/// On every interface, of both families where the node has both.
 pub(super) fn everywhere(port: u16) -> String {
-    format!("0.0.0.0:{port}")
+    format!("[::]:{port}")
 }
 
 /// Who a member is, and where others reach it: at its pod's address and the port that it listens on.
@@ -146,6 +164,14 @@ pub(super) fn template(blueprint: &Blueprint<'_>, mut process: Process<'_>) -> (
     if facts.observed().cluster_secret.is_some() {
         // Not a flag: images of before it existed pass over a variable.
         process.env.push(value("CADRE_CLUSTER_SECRET_FILE", format!("{SECRET_DIR}/{CLUSTER_SECRET_KEY}")));
+    }
+    let (name, words) = match process.accelerator {
+        // What of the driver is mounted; an image of somebody else's may not say it.
+        Some(_) => ("NVIDIA_DRIVER_CAPABILITIES", "compute,utility"),
+        None => ("NVIDIA_VISIBLE_DEVICES", "void"),
+    };
+    if !process.pod.env.iter().any(|given| given.name == name) {
+        process.env.push(value(name, words.to_owned()));
     }
     process.env.extend(process.pod.env.iter().map(overlay::variable));
     process.spread =
@@ -205,14 +231,16 @@ fn pod(blueprint: &Blueprint<'_>, process: Process<'_>) -> PodSpec {
             }),
             ..PodSecurityContext::default()
         }),
-        termination_grace_period_seconds: Some(i64::from(spec.drain_seconds) + EXIT_SECONDS),
+        termination_grace_period_seconds: Some(
+            i64::from(spec.drain_seconds) + i64::from(process.more_drain_seconds) + EXIT_SECONDS,
+        ),
         readiness_gates: process.is_member.then_some(gates),
         priority_class_name: given.priority_class_name.clone(),
         runtime_class_name: given.runtime_class_name.clone(),
         scheduler_name: given.scheduler_name.clone(),
         affinity: given.affinity.as_ref().map(overlay::affinity),
         node_selector: (!process.pod.node_selector.is_empty()).then(|| process.pod.node_selector.clone()),
-        tolerations: filled(tolerations(&process.pod.tolerations)),
+        tolerations: filled(tolerations(&process.pod.tolerations, process.accelerator.is_some())),
         topology_spread_constraints: filled(process.spread.clone()),
         volumes: filled(volumes),
         containers: vec![container(blueprint.image, process, mounts)],
@@ -235,13 +263,10 @@ fn container(image: &str, process: Process<'_>, mounts: Vec<VolumeMount>) -> Con
         volume_mounts: filled(mounts),
         startup_probe: Some(Probe {
             initial_delay_seconds: Some(START_DELAY_SECONDS),
-            ..probe("/healthz", PROBE_SECONDS, START_FAILURES)
+            ..held("/startedz", START_HOLD_SECONDS, START_FAILURES)
         }),
         liveness_probe: Some(probe("/healthz", LIVENESS_SECONDS, LIVENESS_FAILURES)),
-        readiness_probe: Some(Probe {
-            timeout_seconds: Some(HOLD_SECONDS + PROBE_TIMEOUT_SECONDS),
-            ..probe(&format!("/readyz?hold={HOLD_SECONDS}"), PROBE_SECONDS, 2)
-        }),
+        readiness_probe: Some(held("/readyz", HOLD_SECONDS, 2)),
         termination_message_path: Some(TERMINATION_LOG.to_owned()),
         // A process that could not write its message (it was killed, it panicked) still has last words.
         termination_message_policy: Some("FallbackToLogsOnError".to_owned()),
@@ -264,6 +289,14 @@ fn container_port(name: &str, number: u16) -> ContainerPort {
         container_port: number.into(),
         protocol: Some("TCP".to_owned()),
         ..ContainerPort::default()
+    }
+}
+
+/// A probe whose answer may be held for so long.
+fn held(path: &str, seconds: i32, failures: i32) -> Probe {
+    Probe {
+        timeout_seconds: Some(seconds + PROBE_TIMEOUT_SECONDS),
+        ..probe(&format!("{path}?hold={seconds}"), PROBE_SECONDS, failures)
     }
 }
 
@@ -297,8 +330,11 @@ fn resources(pod: &TierPod, accelerator: Option<&Accelerator>) -> Option<Resourc
     })
 }
 
-/// The user's, and ours for lost nodes where the user says nothing about those.
-fn tolerations(given: &[Toleration]) -> Vec<Toleration> {
+/// The taint that keeps pods without accelerators off nodes with them.
+const GPU_TAINT: &str = "nvidia.com/gpu";
+
+/// The user's, and ours where the user says nothing about it: for lost nodes, and for nodes of accelerators.
+fn tolerations(given: &[Toleration], accelerated: bool) -> Vec<Toleration> {
     let given = given.iter().map(|toleration| Toleration {
         key: stated(&toleration.key),
         operator: stated(&toleration.operator),
@@ -319,6 +355,15 @@ fn tolerations(given: &[Toleration]) -> Vec<Toleration> {
                 value: None,
             });
         }
+    }
+    let said = tolerations.iter().any(|said| said.key.as_deref().is_none_or(|key| key == GPU_TAINT));
+    if accelerated && !said {
+        tolerations.push(Toleration {
+            key: Some(GPU_TAINT.to_owned()),
+            operator: Some("Exists".to_owned()),
+            effect: Some("NoSchedule".to_owned()),
+            ..Toleration::default()
+        });
     }
     tolerations
 }

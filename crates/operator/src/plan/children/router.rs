@@ -46,6 +46,7 @@ pub(super) fn deployment(blueprint: &Blueprint<'_>) -> Option<(Child, String)> {
         args,
         ports: ports.map(|(name, _, number)| (name, number)).to_vec(),
         env: Vec::new(),
+        more_drain_seconds: 0,
         pod: &facts.spec().router.pod,
         accelerator: None,
         is_member: false,

@@ -14,7 +14,13 @@ use cadre_k8s_api::{Tier, names::port};
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec};
 
 use super::{
-    super::{ObjectKind, component::Component, facts::Facts, pace::DecodeRole, pods::OurPod},
+    super::{
+        ObjectKind,
+        component::Component,
+        facts::Facts,
+        pace::DecodeRole,
+        pods::{OurPod, WORKER_PORT},
+    },
     Blueprint, Child, meta,
     pod::{self, Process},
     spread,
@@ -30,15 +36,16 @@ pub(super) fn deployment(blueprint: &Blueprint<'_>, tier: Tier, kv_bytes: u64) -
     debug_assert!(tier != Tier::Prefill || role != DecodeRole::Both.flag());
     let mut args: Vec<String> = ["worker", "--role", role].map(str::to_owned).to_vec();
     args.extend(blueprint.common_args());
-    args.extend(blueprint.member_args(port::WORKER));
+    args.extend(blueprint.member_args(port::WORKER, spec.accelerator(tier)));
     args.extend(["--kv-bytes".to_owned(), kv_bytes.to_string()]);
     args.extend(spec.worker(tier).into_iter().flat_map(|worker| worker.limits.flags()));
     let accelerator = spec.accelerator(tier);
     let process = Process {
         component,
         args,
-        ports: vec![("worker", port::WORKER)],
+        ports: vec![(WORKER_PORT, port::WORKER)],
         env: pod::member_env(),
+        more_drain_seconds: 0,
         pod: spec.pod(tier),
         accelerator,
         is_member: true,

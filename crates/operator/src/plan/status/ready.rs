@@ -67,7 +67,7 @@ impl Judged<'_, '_> {
         if word.coverage.uncovered > 0 {
             return self.lacking(experts, Reason::ExpertUncovered, super::covered::uncovered(&word.coverage));
         }
-        if self.wants.desired(Tier::Decode) == 0 {
+        if self.wants.decode_workers(self.facts.spec()) == 0 {
             let message = "the model is paused: decode has 0 replicas";
             return Verdict::new("False", Reason::NoDecodeWorker, message);
         }

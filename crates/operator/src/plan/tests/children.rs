@@ -89,10 +89,10 @@ fn liveness_depends_on_no_peer_and_the_grace_outlasts_the_drain() {
         let pod = pod(model.clone(), suffix);
         let path = |probe: &str| pod["containers"][0][probe]["httpGet"]["path"].clone();
         assert_eq!(path("livenessProbe"), "/healthz", "{suffix}");
-        assert_eq!(path("startupProbe"), "/healthz");
+        assert_eq!(path("startupProbe"), "/startedz?hold=900");
         assert_eq!(path("readinessProbe"), "/readyz?hold=3600");
-        let readiness = &pod["containers"][0]["readinessProbe"];
-        assert!(readiness["timeoutSeconds"].as_i64().unwrap() > 3600, "a hold is no failure");
+        let patience = |probe: &str| pod["containers"][0][probe]["timeoutSeconds"].as_i64().unwrap();
+        assert!(patience("readinessProbe") > 3600 && patience("startupProbe") > 900, "a hold is no failure");
         assert_eq!(pod["containers"][0]["startupProbe"]["initialDelaySeconds"], 1);
         assert_eq!(flag(&args(model.clone(), suffix), "--drain-timeout"), "100");
         assert!(pod["terminationGracePeriodSeconds"].as_i64().unwrap() > 105);
@@ -220,4 +220,49 @@ fn names_of_shard_pods_say_expert_and_all_names_fit() {
         assert!(name.len() + "-1023".len() <= 63, "{name}");
     }
     assert!(Tier::Experts.object_name("pocket").contains("expert"));
+}
+
+fn variable(pod: &Value, name: &str) -> Option<Value> {
+    let all = pod["containers"][0]["env"].as_array().unwrap();
+    let mut named = all.iter().filter(|variable| variable["name"] == name);
+    let found = named.next().map(|variable| variable["value"].clone());
+    assert!(named.next().is_none(), "{name} twice");
+    found
+}
+
+#[test]
+fn an_accelerator_reaches_the_process_and_no_other_does() {
+    for suffix in ["-prefill", "-decode", "-experts"] {
+        let (with, without) = (pod(samples::pools(), suffix), pod(samples::pocket(), suffix));
+        assert_eq!(flag(&args(samples::pools(), suffix), "--device"), "cuda:0");
+        assert_eq!(flag(&args(samples::pools(), suffix), "--numerics"), "cuda-fp8");
+        assert_eq!(flag(&args(samples::pocket(), suffix), "--device"), "cpu");
+        assert_eq!(with["containers"][0]["resources"]["limits"]["nvidia.com/gpu"], "1");
+        assert_eq!(variable(&with, "NVIDIA_DRIVER_CAPABILITIES"), Some(json!("compute,utility")));
+        // Which cards there are is the device plugin's word.
+        assert_eq!(variable(&with, "NVIDIA_VISIBLE_DEVICES"), None);
+        assert_eq!(variable(&without, "NVIDIA_VISIBLE_DEVICES"), Some(json!("void")));
+        let tolerated = |pod: &Value| {
+            let all = pod["tolerations"].as_array().unwrap();
+            all.iter().filter(|one| one["key"] == "nvidia.com/gpu").count()
+        };
+        assert_eq!((tolerated(&with), tolerated(&without)), (1, 0), "{suffix}");
+    }
+    let router = pod(samples::pools(), "-router");
+    assert_eq!(variable(&router, "NVIDIA_VISIBLE_DEVICES"), Some(json!("void")));
+}
+
+#[test]
+fn a_users_word_on_the_driver_and_the_taint_counts() {
+    let mut model = samples::pools();
+    model.spec.decode.pod.env =
+        serde_json::from_value(json!([{"name": "NVIDIA_DRIVER_CAPABILITIES", "value": "all"}])).unwrap();
+    model.spec.decode.pod.tolerations =
+        serde_json::from_value(json!([{"key": "nvidia.com/gpu", "operator": "Equal", "value": "a"}]))
+            .unwrap();
+    let pod = pod(model, "-decode");
+    assert_eq!(variable(&pod, "NVIDIA_DRIVER_CAPABILITIES"), Some(json!("all")));
+    let tolerations = pod["tolerations"].as_array().unwrap();
+    let gpu: Vec<&Value> = tolerations.iter().filter(|one| one["key"] == "nvidia.com/gpu").collect();
+    assert_eq!(gpu, [&json!({"key": "nvidia.com/gpu", "operator": "Equal", "value": "a"})]);
 }

@@ -63,20 +63,24 @@ fn with(mut pod: Value, more: Value) -> Value {
     pod
 }
 
-/// A spec with every field.
+/// A spec with every field; with a claim it has workers beside shards, whose threads are those of one process.
 fn full(source: Value) -> Value {
     let gpu = json!({"resource": "nvidia.com/gpu", "count": 1});
+    let limits = json!({
+        "maxStepTokens": 100, "threads": 2, "dispatchTimeoutSeconds": 3, "uncoveredTimeoutSeconds": 4,
+        "handoffTimeoutSeconds": 5, "handoffBeginTimeoutSeconds": 6,
+    });
     let worker = || {
         with(
             pod(),
             json!({
-                "replicas": 2, "kvCache": "64Mi", "accelerator": gpu,
-                "limits": {
-                    "maxStepTokens": 100, "threads": 2, "dispatchTimeoutSeconds": 3, "uncoveredTimeoutSeconds": 4,
-                    "handoffTimeoutSeconds": 5, "handoffBeginTimeoutSeconds": 6,
-                },
+                "replicas": 2, "kvCache": "64Mi", "accelerator": gpu, "limits": limits,
             }),
         )
+    };
+    let of_shards = match source.get("persistentVolumeClaim") {
+        Some(_) => json!({"worker": {"kvCache": "64Mi", "limits": limits}}),
+        None => json!({"limits": {"threads": 2}}),
     };
     json!({
         "image": "registry.example/cadre:1",
@@ -94,9 +98,8 @@ fn full(source: Value) -> Value {
         })),
         "prefill": worker(),
         "decode": worker(),
-        "experts": with(pod(), json!({
-            "shards": 4, "redundantSlots": 32, "minCopies": 2, "spreadBy": "kubernetes.io/hostname",
-            "accelerator": gpu, "limits": {"threads": 2},
+        "experts": with(with(pod(), of_shards), json!({
+            "shards": 4, "redundantSlots": 32, "minCopies": 2, "spreadBy": "kubernetes.io/hostname", "accelerator": gpu,
         })),
         "network": {
             "policy": "Managed",

@@ -119,7 +119,7 @@ fn everybody_reaches_what_it_needs_and_nothing_else() {
         (
             "experts",
             [
-                (&router, vec![]),
+                (&router, vec![50053]),
                 (&prefill, vec![50053]),
                 (&decode, vec![50053]),
                 (&experts, vec![]),

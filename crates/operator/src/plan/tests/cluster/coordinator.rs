@@ -5,8 +5,8 @@ use super::*;
 use crate::observed::CoordinatorReport;
 use cadre_types::{
     CoordinatorStatus, Coverage, CoverageExample, Generation, LayerId, Layout, LoadProgress, LogicalExpert,
-    Member, MemberId, MemberState, MemberStatus, ModelHash, NextLayout, NumericsClass, PlacementEpoch,
-    PodRef, Role, ShardIndex,
+    Member, MemberDevice, MemberId, MemberState, MemberStatus, ModelHash, NextLayout, NumericsClass,
+    PlacementEpoch, PodRef, Role, ShardIndex,
 };
 
 /// What it knows, and what the tests break.
@@ -20,6 +20,10 @@ pub(in super::super) struct Coordinator {
     pub(in super::super) stuck: bool,
     /// Tokens routed, if there is traffic.
     pub(in super::super) imbalance: Option<f64>,
+    /// What members say they compute on.
+    pub(in super::super) device: Option<MemberDevice>,
+    /// Workers beside shards do not prove themselves.
+    pub(in super::super) broken_beside: bool,
     routable: Vec<String>,
     router: Option<String>,
 }
@@ -85,7 +89,7 @@ impl Coordinator {
     }
 
     fn status(&self, members: &[Pod], wanted: Option<Layout>) -> CoordinatorStatus {
-        let members: Vec<MemberStatus> = members.iter().map(|pod| self.member(pod)).collect();
+        let members: Vec<MemberStatus> = members.iter().flat_map(|pod| self.members(pod)).collect();
         let layout =
             self.in_force.or(wanted).unwrap_or(Layout { shards: 0, redundant_slots: 0, min_copies: 1 });
         let waits = wanted.filter(|wanted| self.in_force != Some(*wanted));
@@ -133,6 +137,20 @@ impl Coordinator {
         }
     }
 
+    /// A shard, a worker, or both.
+    fn members(&self, pod: &Pod) -> Vec<MemberStatus> {
+        let own = self.member(pod);
+        let args = pod.spec.as_ref().unwrap().containers[0].args.clone().unwrap();
+        if !matches!(own.member.role, Role::Expert(_)) || args[0] != "worker" {
+            return vec![own];
+        }
+        let mut worker = MemberStatus { loading: None, ..own.clone() };
+        worker.member.role = if args.iter().any(|arg| arg == "both") { Role::Both } else { Role::Decode };
+        worker.member.id = MemberId(format!("worker-{}", own.member.id.0));
+        worker.routable &= !self.broken_beside;
+        vec![own, worker]
+    }
+
     fn member(&self, pod: &Pod) -> MemberStatus {
         let uid = pod.metadata.uid.clone().unwrap();
         let routable = self.routable.contains(&uid);
@@ -152,7 +170,7 @@ impl Coordinator {
             loading: matches!(role, Role::Expert(_)).then_some(read),
             sequences: 0,
             stranger: None,
-            device: None,
+            device: self.device.clone(),
         }
     }
 }
