@@ -65,10 +65,11 @@ pub enum RequestError {
         /// The header's value.
         found: String,
     },
-    /// The prompt leaves no room for an answer.
+    /// The prompt leaves no room for an answer. The first words are OpenAI's: clients know the case by them.
     #[error(
-        "the prompt has {}{prompt_tokens} tokens, the longest sequence here is {limit_tokens} tokens (the model's \
-         context is {context_tokens}, the workers' caches may hold less) and one is needed for the answer",
+        "this model's maximum context length is {limit_tokens} tokens here (the model's own context is \
+         {context_tokens}, the workers' caches may hold less); the prompt has {}{prompt_tokens} tokens, and one is \
+         needed for the answer",
         if *at_least { "at least " } else { "" }
     )]
     PromptTooLong {
@@ -458,7 +459,9 @@ mod tests {
         };
         let message = long.to_string();
         assert!(
-            ["has 5000", "2048", "context is 4096"].iter().all(|words| message.contains(words)),
+            ["this model's maximum context length is 2048 tokens", "has 5000", "context is 4096"]
+                .iter()
+                .all(|words| message.contains(words)),
             "{message}"
         );
         assert_eq!(long.openai_body()["error"]["code"], "context_length_exceeded");

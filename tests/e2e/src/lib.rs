@@ -14,6 +14,7 @@
 
 pub mod binary;
 pub mod checkpoints;
+pub mod clients;
 pub mod cluster;
 pub mod document;
 pub mod golden;
@@ -21,7 +22,6 @@ pub mod grpc;
 pub mod http;
 pub mod operator;
 pub mod process;
-pub mod python;
 pub mod role;
 pub mod wait;
 

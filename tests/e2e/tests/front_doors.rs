@@ -1,9 +1,9 @@
 //! What clients see of a healthy cluster, gRPC and HTTP. One cluster serves all cases: none of them may
 //! disturb another, which is a claim of its own.
 
-use std::{process::Command, sync::LazyLock, time::Duration};
+use std::{sync::LazyLock, time::Duration};
 
-use cadre_e2e::{Cluster, golden, grpc, http, python, wait};
+use cadre_e2e::{Cluster, golden, grpc, http, wait};
 use cadre_proto::{
     secret::{ClusterSecret, Present},
     v1::{
@@ -60,19 +60,6 @@ async fn http_serves_the_same_text() {
 
     let models = http::get(&CLUSTER.http(), "/v1/models").await.json();
     assert_eq!(models["data"][0]["id"], MODEL);
-}
-
-#[test]
-fn the_openai_python_client_is_content() {
-    let python = python::interpreter(std::path::Path::new(env!("CARGO_TARGET_TMPDIR")));
-    let golden = golden::pod();
-    let output = Command::new(python)
-        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/python/openai_client.py"))
-        .args([&format!("http://{}/v1", CLUSTER.http()), MODEL, &golden.prompt, &golden.greedy_text])
-        .output()
-        .expect("the interpreter starts");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(String::from_utf8_lossy(&output.stdout).contains("passed"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
