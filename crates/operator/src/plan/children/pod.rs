@@ -59,8 +59,9 @@ const SECRET_DIR: &str = "/etc/cadre/cluster-secret";
 const SECRET_VOLUME: &str = "cluster-secret";
 
 const PROBE_SECONDS: i32 = 2;
-/// A process serves its admin port first, a tenth of a second after it began; a node that starts many at once is slower.
-const START_DELAY_SECONDS: i32 = 1;
+/// A process serves its admin port first, a tenth of a second after it began. The first process of an image reads its program
+/// from a cold disk, and a node may start many at once: 1 s was too short for that on a busy node of two cores.
+const START_DELAY_SECONDS: i32 = 3;
 /// Longest hold of `/startedz`: a folder of hundreds of files on a slow network is opened within.
 const START_HOLD_SECONDS: i32 = 900;
 /// A node that takes so many periods until a process listens is out of order; a process that hangs in reading its files is

@@ -31,11 +31,11 @@ impl Judged<'_, '_> {
         for card in &mut cards {
             let known = before.into_iter().flat_map(|before| &before.cards);
             let same = known.filter(|known| known.tier == card.tier && known.name == card.name);
-            let alike = same.filter(|known| {
+            let mut alike = same.filter(|known| {
                 known.memory_total == card.memory_total
                     && (known.memory_used - card.memory_used).abs() < card.memory_total / STEP
             });
-            if let Some(known) = alike.last() {
+            if let Some(known) = alike.next() {
                 card.memory_used = known.memory_used;
             }
         }

@@ -93,7 +93,7 @@ fn liveness_depends_on_no_peer_and_the_grace_outlasts_the_drain() {
         assert_eq!(path("readinessProbe"), "/readyz?hold=3600");
         let patience = |probe: &str| pod["containers"][0][probe]["timeoutSeconds"].as_i64().unwrap();
         assert!(patience("readinessProbe") > 3600 && patience("startupProbe") > 900, "a hold is no failure");
-        assert_eq!(pod["containers"][0]["startupProbe"]["initialDelaySeconds"], 1);
+        assert_eq!(pod["containers"][0]["startupProbe"]["initialDelaySeconds"], 3);
         assert_eq!(flag(&args(model.clone(), suffix), "--drain-timeout"), "100");
         assert!(pod["terminationGracePeriodSeconds"].as_i64().unwrap() > 105);
     }
