@@ -29,5 +29,5 @@ rm -f "$out"/kernels/sm_90a/*.log
 cp -r models/pocket "$out/models/"
 mkdir -p "$out/tests/golden"
 cp tests/golden/*.safetensors "$out/tests/golden/"
-cp tests/gpu/run.sh "$out/"
+cp tests/gpu/run.sh tests/gpu/processes.sh "$out/"
 du -sh "$out"

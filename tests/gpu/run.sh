@@ -93,6 +93,9 @@ for shards in 1 4; do
     held "cuda-fp8-$shards-shards-same-text" same_text cuda:0 cuda-fp8 2 cuda:0 cuda-fp8 "$shards"
 done
 held cuda-fp8-copies-same-text same_text cuda:0 cuda-fp8 2 cuda:0 cuda-fp8 4 --redundant-slots 8
+for class in cuda-fp8 bf16; do
+    CLASS=$class LOGS=$logs/$class counted "processes-$class" timeout 200 ./processes.sh
+done
 held no-such-device refused "no device cuda:63" ./cadre up --model models/pocket --device cuda:63 --exit-after "x"
 held class-of-gpus-on-cpu refused "cuda-fp8" ./cadre up --model models/pocket --device cpu --numerics cuda-fp8 --exit-after "x"
 

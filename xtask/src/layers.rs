@@ -39,8 +39,9 @@ pub(crate) const LAYERS: [&[&str]; 6] = [
 const TOOLS: [&str; 3] = ["cadre-e2e", "cadre-e2e-k8s", "xtask"];
 
 /// Allowed edges inside a layer: (from, to, reason).
-const SAME_LAYER: [(&str, &str, &str); 2] = [
+const SAME_LAYER: [(&str, &str, &str); 3] = [
     ("cadre-e2e-k8s", "cadre-e2e", "the same clients, golden texts and damaged checkpoints"),
+    ("cadre-worker", "cadre-expert", "a process may hold a worker and shards of its device"),
     ("cadre-ops", "cadre-sampler", "drawing a token is an operation, and every backend draws the sampler's"),
 ];
 

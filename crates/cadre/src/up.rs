@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use cadre_checkpoint::{Checkpoint, WeightsOptions, inspect::Totals};
 use cadre_device::Device;
 use cadre_types::NumericsClass;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
 mod checkpoint;
@@ -45,9 +45,9 @@ pub(crate) struct UpArgs {
     model: Option<PathBuf>,
     #[command(flatten)]
     weights: WeightsArgs,
-    /// Prefill workers; 0 lets the decode workers compute prompts themselves.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    prefill: usize,
+    /// Prefill workers; 0 lets the decode workers compute prompts themselves. [default: 1, or 0 with shared processes]
+    #[arg(long, value_name = "N")]
+    prefill: Option<usize>,
     /// Decode workers.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
     decode: usize,
@@ -75,6 +75,9 @@ pub(crate) struct UpArgs {
     /// What every worker and shard computes on: cpu or cuda:N. [default: what the machine has]
     #[arg(long, value_name = "DEVICE")]
     device: Option<Device>,
+    /// Whether each decode worker shares a process with its part of the shards, as is best on a GPU, whose processes take turns. [default: shared on a GPU, separate on a CPU]
+    #[arg(long, value_enum)]
+    processes: Option<Processes>,
     /// Compute threads of each worker. [default: cores / workers]
     #[arg(long, value_name = "N")]
     worker_threads: Option<usize>,
@@ -110,6 +113,15 @@ pub(crate) struct UpArgs {
     expert_arg: Vec<OsString>,
 }
 
+/// How workers and shards are put into processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Processes {
+    /// One for each worker and each shard.
+    Separate,
+    /// One for each decode worker with its part of the shards.
+    Shared,
+}
+
 fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) => Err("at least 1 is needed".into()),
@@ -129,12 +141,14 @@ pub(crate) async fn run(args: UpArgs) -> Result<()> {
 
     // Lives as long as the processes that may have to read it again.
     let secret = SecretFile::new(args.cluster_secret_file.clone())?;
-    let layout = args.layout(model, secret.path());
+    let layout = args.layout(model, secret.path())?;
+    let drains = if layout.shared { 2 } else { 1 };
     let mut console = Console::new(args.output, args.exit_after.is_some(), name, layout.processes().len());
     let mut cluster = Cluster::new(layout, executable);
     let outcome = serve(&args, &mut cluster, &mut console).await;
     let patience = if console.was_ready() {
-        Duration::from_secs(args.drain_timeout) + CLOSE
+        // A shared process drains its worker and then its shards.
+        Duration::from_secs(args.drain_timeout) * drains + CLOSE
     } else {
         // Nobody has been served, so there is nothing to finish and no order to keep.
         cluster.release();
@@ -150,11 +164,24 @@ pub(crate) async fn run(args: UpArgs) -> Result<()> {
 }
 
 impl UpArgs {
-    fn layout(&self, model: PathBuf, secret: &Path) -> Layout {
+    fn layout(&self, model: PathBuf, secret: &Path) -> Result<Layout> {
+        // Whether a GPU would be taken is asked only where it matters.
+        let on_gpu = || self.device.unwrap_or_else(Device::of_machine).is_gpu();
+        let shared = match self.processes {
+            Some(processes) => processes == Processes::Shared,
+            None => on_gpu(),
+        };
+        if shared && !self.expert_arg.is_empty() {
+            bail!(
+                "--expert-arg: shards have no processes of their own; use --processes separate, or --worker-arg"
+            );
+        }
+        let prefill = self.prefill.unwrap_or(if shared { 0 } else { 1 });
         let cores = available_parallelism().map_or(1, usize::from);
-        let share = Threads::split(cores, self.prefill + self.decode, self.experts);
-        Layout {
-            prefill: self.prefill,
+        let share = Threads::split(cores, prefill + self.decode, self.experts);
+        Ok(Layout {
+            prefill,
+            shared,
             decode: self.decode,
             shards: self.experts,
             redundant_slots: self.redundant_slots,
@@ -176,7 +203,7 @@ impl UpArgs {
                 worker: self.worker_arg.clone(),
                 expert: self.expert_arg.clone(),
             },
-        }
+        })
     }
 }
 

@@ -5,7 +5,11 @@
 //! changes. Nothing falls back: a device that was asked for and cannot be had is an error that says what was
 //! looked for.
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{
+    fmt,
+    str::FromStr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use cadre_ops::{Backend, OpsError};
 pub use cadre_ops_cpu::Isa;
@@ -34,14 +38,71 @@ impl Device {
     /// What the machine has, best first: its first GPU that there are kernels for, if they are installed beside the
     /// program, or the processor.
     pub fn of_machine() -> Self {
-        if STATIC {
-            return Self::Cpu;
+        Choice::of_machine().device
+    }
+
+    /// Whether it is a GPU.
+    pub fn is_gpu(self) -> bool {
+        matches!(self, Self::Cuda(_))
+    }
+}
+
+/// A device that was chosen, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Choice {
+    device: Device,
+    why: String,
+}
+
+/// A GPU as the driver shows it: number, name, compute capability.
+type Gpu = (usize, String, (i32, i32));
+
+impl Choice {
+    fn of(asked: Option<Device>) -> Self {
+        match asked {
+            Some(device) => Self { device, why: "by --device".to_owned() },
+            None => Self::of_machine(),
         }
-        let gpus = cadre_ops_cuda::devices().unwrap_or_default();
-        let usable = gpus.iter().find(|gpu| gpu.capability == cadre_ops_cuda::CAPABILITY);
-        match usable.map(|gpu| u32::try_from(gpu.ordinal)) {
-            Some(Ok(number)) if cadre_ops_cuda::kernels::folder(None).is_ok() => Self::Cuda(number),
-            _ => Self::Cpu,
+    }
+
+    fn of_machine() -> Self {
+        if STATIC {
+            let why = "no GPU is used: a program that is linked statically can open no driver".to_owned();
+            return Self { device: Device::Cpu, why };
+        }
+        let gpus = cadre_ops_cuda::devices()
+            .map(|gpus| gpus.into_iter().map(|gpu| (gpu.ordinal, gpu.name, gpu.capability)).collect())
+            .map_err(|error| error.to_string());
+        let kernels = cadre_ops_cuda::kernels::folder(None).map(|_| ()).map_err(|error| error.to_string());
+        Self::among(gpus, kernels)
+    }
+
+    /// The first GPU that there are kernels for, if they are installed.
+    fn among(gpus: Result<Vec<Gpu>, String>, kernels: Result<(), String>) -> Self {
+        let cpu = |why: String| Self { device: Device::Cpu, why: format!("no GPU is used: {why}") };
+        let gpus = match gpus {
+            Ok(gpus) if gpus.is_empty() => return cpu("the driver sees none".to_owned()),
+            Ok(gpus) => gpus,
+            Err(error) => return cpu(error),
+        };
+        let usable = gpus.iter().find(|(.., capability)| *capability == cadre_ops_cuda::CAPABILITY);
+        let Some((ordinal, name, _)) = usable else {
+            let seen = gpus.iter().map(|(ordinal, name, (major, minor))| {
+                format!("cuda:{ordinal} is a {name} of compute capability {major}.{minor}")
+            });
+            let (major, minor) = cadre_ops_cuda::CAPABILITY;
+            return cpu(format!(
+                "there are kernels for {major}.{minor} alone, and {}",
+                seen.collect::<Vec<_>>().join(", ")
+            ));
+        };
+        match (u32::try_from(*ordinal), kernels) {
+            (Ok(number), Ok(())) => Self {
+                device: Device::Cuda(number),
+                why: format!("the first {name} of this machine; --device says otherwise"),
+            },
+            (_, Err(error)) => cpu(format!("cuda:{ordinal} is a {name}, but {error}")),
+            (Err(error), _) => cpu(format!("cuda:{ordinal}: {error}")),
         }
     }
 }
@@ -105,40 +166,123 @@ pub trait OnBackend {
 
 /// Opens the device and hands its backend over.
 pub fn open<W: OnBackend>(options: &BackendOptions, with: W) -> Result<W::Output, DeviceError> {
-    let device = options.device.unwrap_or_else(Device::of_machine);
-    match device {
-        Device::Cpu if options.class.needs_cuda() => Err(DeviceError::Class { device, class: options.class }),
-        Device::Cpu => {
-            let cpu =
-                CpuOptions { threads: options.threads, isa: options.isa, ..CpuOptions::new(options.class) };
-            let backend = CpuBackend::new(cpu).map_err(|source| DeviceError::Open { device, source })?;
-            Ok(hand_over(options, device, backend, with))
-        }
-        Device::Cuda(_) if STATIC => Err(DeviceError::Static { device }),
-        Device::Cuda(number) => {
-            let backend = CudaBackend::open(number as usize, options.class, None)
-                .map_err(|source| DeviceError::Cuda { device, source })?;
-            Ok(hand_over(options, device, backend, with))
-        }
+    Ok(OpenDevice::open(options)?.with(with))
+}
+
+/// A device with its backend, for every role of a process that computes on it: one context, one set of kernels. Cheap
+/// to clone.
+#[derive(Clone)]
+pub struct OpenDevice {
+    device: Device,
+    backend: AnyBackend,
+    loading: Arc<Mutex<()>>,
+}
+
+#[derive(Clone)]
+enum AnyBackend {
+    Cpu(Arc<CpuBackend>),
+    Cuda(Arc<CudaBackend>),
+}
+
+impl fmt::Debug for OpenDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("OpenDevice").field(&self.device).finish()
     }
 }
 
-fn hand_over<B: Backend, W: OnBackend>(
-    options: &BackendOptions,
+impl OpenDevice {
+    /// Opens the device asked for, or what the machine has, and says in the log which and why.
+    pub fn open(options: &BackendOptions) -> Result<Self, DeviceError> {
+        let Choice { device, why } = Choice::of(options.device);
+        let backend = match device {
+            Device::Cpu if options.class.needs_cuda() => {
+                return Err(DeviceError::Class { device, class: options.class, why });
+            }
+            Device::Cpu => {
+                let cpu = CpuOptions {
+                    threads: options.threads,
+                    isa: options.isa,
+                    ..CpuOptions::new(options.class)
+                };
+                let backend = CpuBackend::new(cpu).map_err(|source| DeviceError::Open { device, source })?;
+                AnyBackend::Cpu(Arc::new(backend))
+            }
+            Device::Cuda(_) if STATIC => return Err(DeviceError::Static { device }),
+            Device::Cuda(number) => {
+                let backend = CudaBackend::open(number as usize, options.class, None)
+                    .map_err(|source| DeviceError::Cuda { device, source })?;
+                AnyBackend::Cuda(Arc::new(backend))
+            }
+        };
+        let open = Self { device, backend, loading: Arc::default() };
+        open.with(Announce { device, why });
+        Ok(open)
+    }
+
+    /// Which it is.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Reads its memory, and does not keep it open.
+    pub fn meter(&self) -> DeviceMeter {
+        struct Meter;
+        impl OnBackend for Meter {
+            type Output = DeviceMeter;
+            fn run<B: Backend>(self, backend: Arc<B>) -> DeviceMeter {
+                DeviceMeter::of(&backend)
+            }
+        }
+        self.with(Meter)
+    }
+
+    /// Hands the backend over, as often as wanted.
+    pub fn with<W: OnBackend>(&self, with: W) -> W::Output {
+        match &self.backend {
+            AnyBackend::Cpu(backend) => with.run(Arc::clone(backend)),
+            AnyBackend::Cuda(backend) => with.run(Arc::clone(backend)),
+        }
+    }
+
+    /// Held while a role plans what it will take of the device's memory and takes it, so that two roles of a process
+    /// never count on the same free bytes.
+    pub fn loading(&self) -> MutexGuard<'_, ()> {
+        // It guards no data.
+        self.loading.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Says in the log what is computed on.
+struct Announce {
     device: Device,
-    backend: B,
-    with: W,
-) -> W::Output {
-    let memory = backend.memory();
-    tracing::info!(
-        %device,
-        chosen = if options.device.is_some() { "by --device" } else { "as what this machine has" },
-        backend = backend.describe(),
-        memory_total = memory.total,
-        memory_used = memory.used,
-        "computing"
-    );
-    with.run(Arc::new(backend))
+    why: String,
+}
+
+impl OnBackend for Announce {
+    type Output = ();
+
+    fn run<B: Backend>(self, backend: Arc<B>) {
+        let Self { device, why } = self;
+        let memory = backend.memory();
+        tracing::info!(
+            %device,
+            chosen = why,
+            backend = backend.describe(),
+            memory_total = memory.total,
+            memory_used = memory.used,
+            "computing"
+        );
+        // Our own context has a few hundred MiB by now.
+        if device.is_gpu() && memory.used > memory.total / 2 {
+            tracing::warn!(
+                %device,
+                chosen = why,
+                memory_total = memory.total,
+                memory_used = memory.used,
+                "others use most of this GPU's memory: choose another with --device cuda:N, or --device cpu"
+            );
+        }
+    }
 }
 
 /// Why a device cannot be computed on.
@@ -170,12 +314,16 @@ pub enum DeviceError {
         device: Device,
     },
     /// The device does not compute the class.
-    #[error("device {device}: numerics class {class} is computed by CUDA devices only; use --device cuda:N")]
+    #[error(
+        "device {device} ({why}): numerics class {class} is computed by CUDA devices only; use --device cuda:N"
+    )]
     Class {
         /// The device.
         device: Device,
         /// The class.
         class: NumericsClass,
+        /// Why this device.
+        why: String,
     },
 }
 
@@ -230,6 +378,44 @@ mod tests {
             // A machine with a GPU and kernels takes that by default.
             assert!(name == "cpu" || (device.is_none() && name.starts_with("cuda:")), "{name}");
         }
+    }
+
+    #[test]
+    fn what_the_machine_has_is_chosen_for_a_reason_that_is_told() {
+        let gpu = |ordinal: usize, name: &str, capability| (ordinal, name.to_owned(), capability);
+        let h200 = || gpu(1, "NVIDIA H200", cadre_ops_cuda::CAPABILITY);
+        let a100 = || gpu(0, "NVIDIA A100", (8, 0));
+        let cases = [
+            (Err("no NVIDIA driver".to_owned()), Ok(()), Device::Cpu, "no GPU is used: no NVIDIA driver"),
+            (Ok(vec![]), Ok(()), Device::Cpu, "the driver sees none"),
+            (Ok(vec![a100()]), Ok(()), Device::Cpu, "cuda:0 is a NVIDIA A100 of compute capability 8.0"),
+            (Ok(vec![a100(), h200()]), Ok(()), Device::Cuda(1), "the first NVIDIA H200 of this machine"),
+            (Ok(vec![h200()]), Err("no kernels".to_owned()), Device::Cpu, "a NVIDIA H200, but no kernels"),
+        ];
+        for (gpus, kernels, device, words) in cases {
+            let choice = Choice::among(gpus, kernels);
+            assert_eq!(choice.device, device, "{choice:?}");
+            assert!(choice.why.contains(words), "{choice:?}");
+        }
+        assert_eq!(Choice::of(Some(Device::Cuda(3))).device, Device::Cuda(3));
+    }
+
+    #[test]
+    fn every_role_of_a_process_gets_the_same_backend() {
+        struct Address;
+        impl OnBackend for Address {
+            type Output = usize;
+            fn run<B: Backend>(self, backend: Arc<B>) -> usize {
+                Arc::as_ptr(&backend).addr()
+            }
+        }
+        let options = BackendOptions {
+            device: Some(Device::Cpu),
+            threads: Some(1),
+            ..BackendOptions::new(NumericsClass::F32)
+        };
+        let open = OpenDevice::open(&options).unwrap();
+        assert_eq!(open.with(Address), open.clone().with(Address));
     }
 
     #[test]

@@ -8,6 +8,8 @@
 pub mod metrics;
 pub mod options;
 pub mod run;
+mod shared;
 
 pub use options::{BoundAddresses, ExpertOptions, OptionsError};
-pub use run::run;
+pub use run::{part_name, run};
+pub use shared::SharedProcess;

@@ -1,6 +1,9 @@
 //! The shard's metrics: one table, one struct of handles, and their refresh from the shard's counters.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicU64, Ordering},
+};
 
 use cadre_shard::{AnyShard, stats::REFUSALS};
 use cadre_telemetry::{
@@ -107,35 +110,104 @@ impl ExpertMetrics {
         })
     }
 
-    /// Brings the metrics up to date.
-    pub fn refresh(&self, shard: &dyn AnyShard) {
-        let stats = shard.stats();
-        raise(&self.frames.with(&["computed"]), &stats.frames);
-        raise(&self.frames.with(&["cancelled"]), &stats.cancelled);
-        raise(&self.pairs, &stats.pairs);
-        raise(&self.batches, &stats.batches);
-        raise(&self.time.with(&["queue"]), &stats.queue_micros);
-        raise(&self.time.with(&["compute"]), &stats.compute_micros);
-        let refused = AtomicU64::new(0);
-        for ((_, reason), count) in REFUSALS.iter().zip(&stats.refused) {
-            raise(&self.refused.with(&[reason]), count);
-            refused.fetch_add(count.load(Ordering::Relaxed), Ordering::Relaxed);
-        }
-        raise(&self.frames.with(&["refused"]), &refused);
-        self.queued.set(shard.queued_pairs() as f64);
-        let (experts, bytes) = shard.resident();
-        self.experts.set(experts as f64);
-        self.resident_bytes.set(bytes as f64);
-        let progress = shard.progress();
-        self.weight_bytes.with(&["read"]).set(progress.bytes_read as f64);
-        self.weight_bytes.with(&["expected"]).set(progress.bytes_expected as f64);
-        self.epoch.set(shard.epoch().map_or(0.0, |epoch| epoch.0 as f64));
+    /// The counters, in the order of [`Counts::of`].
+    fn counters(&self) -> Vec<Counter> {
+        let mut counters = vec![
+            self.frames.with(&["computed"]),
+            self.frames.with(&["cancelled"]),
+            self.frames.with(&["refused"]),
+            self.pairs.clone(),
+            self.batches.clone(),
+            self.time.with(&["queue"]),
+            self.time.with(&["compute"]),
+        ];
+        counters.extend(REFUSALS.iter().map(|(_, reason)| self.refused.with(&[reason])));
+        counters
+    }
+
+    /// The gauges that add up over shards, in the order of [`Counts::of`].
+    fn gauges(&self) -> [Gauge; 5] {
+        [
+            self.queued.clone(),
+            self.experts.clone(),
+            self.resident_bytes.clone(),
+            self.weight_bytes.with(&["read"]),
+            self.weight_bytes.with(&["expected"]),
+        ]
     }
 }
 
-/// Raises a counter to a count that only grows.
-fn raise(counter: &Counter, count: &AtomicU64) {
-    counter.inc_by(count.load(Ordering::Relaxed).saturating_sub(counter.get()));
+/// What one shard has been counted with so far. The metrics are sums over the shards of a process, and over the lives
+/// of each.
+#[derive(Debug)]
+pub struct ShardMeter {
+    metrics: Arc<ExpertMetrics>,
+    counted: Mutex<Counts>,
+}
+
+/// A shard's numbers.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Counts {
+    counters: Vec<u64>,
+    gauges: Vec<f64>,
+}
+
+impl Counts {
+    fn of(shard: &dyn AnyShard) -> Self {
+        let stats = shard.stats();
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let refused: Vec<u64> = stats.refused.iter().map(load).collect();
+        let counts = [&stats.pairs, &stats.batches, &stats.queue_micros, &stats.compute_micros].map(load);
+        let frames = [load(&stats.frames), load(&stats.cancelled), refused.iter().sum()];
+        let counters = frames.into_iter().chain(counts).chain(refused).collect();
+        let (experts, bytes) = shard.resident();
+        let progress = shard.progress();
+        let gauges = vec![
+            shard.queued_pairs() as f64,
+            experts as f64,
+            bytes as f64,
+            progress.bytes_read as f64,
+            progress.bytes_expected as f64,
+        ];
+        Self { counters, gauges }
+    }
+}
+
+impl ShardMeter {
+    /// For a shard that has counted nothing yet.
+    pub fn new(metrics: Arc<ExpertMetrics>) -> Self {
+        Self { metrics, counted: Mutex::default() }
+    }
+
+    /// Brings the metrics up to date.
+    pub fn refresh(&self, shard: &dyn AnyShard) {
+        self.count(Counts::of(shard));
+        self.metrics.epoch.set(shard.epoch().map_or(0.0, |epoch| epoch.0 as f64));
+    }
+
+    fn count(&self, now: Counts) {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        counted.counters.resize(now.counters.len(), 0);
+        counted.gauges.resize(now.gauges.len(), 0.0);
+        let counters = self.metrics.counters();
+        for (counter, (now, before)) in counters.iter().zip(now.counters.iter().zip(&counted.counters)) {
+            counter.inc_by(now.saturating_sub(*before));
+        }
+        let gauges = self.metrics.gauges();
+        for (gauge, (now, before)) in gauges.iter().zip(now.gauges.iter().zip(&counted.gauges)) {
+            gauge.add(now - before);
+        }
+        *counted = now;
+    }
+}
+
+impl Drop for ShardMeter {
+    /// What it held is held no more; what it counted has happened.
+    fn drop(&mut self) {
+        let counted = self.counted.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let gone = Counts { counters: counted.counters.clone(), gauges: vec![0.0; counted.gauges.len()] };
+        self.count(gone);
+    }
 }
 
 #[cfg(test)]
@@ -155,15 +227,24 @@ mod tests {
     }
 
     #[test]
-    fn counters_are_raised_to_what_the_shard_counted() {
+    fn metrics_are_sums_over_shards_and_their_lives() {
         let metrics = Metrics::new();
-        let ours = ExpertMetrics::register(&metrics).unwrap();
-        let count = AtomicU64::new(5);
-        raise(&ours.pairs, &count);
-        raise(&ours.pairs, &count);
-        assert_eq!(ours.pairs.get(), 5);
-        count.store(7, Ordering::Relaxed);
-        raise(&ours.pairs, &count);
-        assert_eq!(ours.pairs.get(), 7);
+        let ours = Arc::new(ExpertMetrics::register(&metrics).unwrap());
+        let counts = |pairs: u64, experts: f64| Counts {
+            counters: vec![0, 0, 0, pairs, 0, 0, 0],
+            gauges: vec![0.0, experts, 0.0, 0.0, 0.0],
+        };
+        let (first, second) = (ShardMeter::new(ours.clone()), ShardMeter::new(ours.clone()));
+        first.count(counts(5, 8.0));
+        first.count(counts(5, 8.0));
+        second.count(counts(7, 4.0));
+        assert_eq!((ours.pairs.get(), ours.experts.get()), (12, 12.0));
+        first.count(counts(6, 2.0));
+        drop(first);
+        assert_eq!((ours.pairs.get(), ours.experts.get()), (13, 4.0));
+        // Its next life counts from nothing.
+        let first = ShardMeter::new(ours.clone());
+        first.count(counts(1, 8.0));
+        assert_eq!((ours.pairs.get(), ours.experts.get()), (14, 12.0));
     }
 }

@@ -14,6 +14,8 @@ use cadre_types::{AdvertiseError, NumericsClass, PodRef, ShardIndex};
 use serde::Serialize;
 use tokio::sync::oneshot;
 
+use crate::shared::SharedProcess;
+
 /// How a shard is set up.
 #[derive(Debug)]
 pub struct ExpertOptions {
@@ -46,11 +48,30 @@ pub struct ExpertOptions {
     pub pod_ip: Option<IpAddr>,
     /// The cluster's secret: asked of workers, shown to the coordinator.
     pub secret: Option<ClusterSecret>,
+    /// The process that it is a role of; `None` for a process of its own. `device`, `threads` and `admin` are then the
+    /// process's.
+    pub shared: Option<SharedProcess>,
     /// Receives the real addresses once every port is bound.
     pub bound: Option<oneshot::Sender<BoundAddresses>>,
 }
 
 impl ExpertOptions {
+    /// The options of another life of the same shard; nobody is told where it is bound.
+    #[must_use]
+    pub fn again(&self) -> Self {
+        Self {
+            model_dir: self.model_dir.clone(),
+            weights: self.weights.clone(),
+            coordinator: self.coordinator.clone(),
+            advertise: self.advertise.clone(),
+            pod: self.pod.clone(),
+            secret: self.secret.clone(),
+            shared: self.shared.clone(),
+            bound: None,
+            ..*self
+        }
+    }
+
     /// The defaults for a checkpoint, a shard and a coordinator.
     pub fn new(model_dir: PathBuf, shard: ShardIndex, coordinator: impl Into<String>) -> Self {
         let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -69,6 +90,7 @@ impl ExpertOptions {
             pod: None,
             pod_ip: None,
             secret: None,
+            shared: None,
             bound: None,
         }
     }

@@ -12,7 +12,6 @@
 //! newer view does not want it any more. A shard that no placement has holds nothing and waits, unready.
 
 use std::{
-    collections::BTreeMap,
     future::Future,
     net::SocketAddr,
     pin::pin,
@@ -20,24 +19,18 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
 use cadre_checkpoint::Checkpoint;
-use cadre_device::{BackendOptions, DeviceMeter, DeviceMetrics, OnBackend};
-use cadre_dispatch::{
-    Driver, ExpertServer, IoThread, LoadReport, Membership, MembershipOptions, membership, tuning,
-};
-use cadre_model::ExpertKey;
+use cadre_device::{BackendOptions, DeviceMetrics, OnBackend, OpenDevice};
+use cadre_dispatch::{Driver, ExpertServer, IoThread, LocalConnector, Membership};
 use cadre_ops::{Backend, OpsError};
-use cadre_proto::{secret::Admit, v1};
+use cadre_proto::secret::Admit;
 use cadre_shard::{AnyShard, ApplyError, CheckpointSource, SelfTestError, Shard, ShardOptions};
 use cadre_telemetry::{Metrics, Readiness, admin, axum};
-use cadre_types::{
-    ClusterView, Generation, Member, MemberId, MemberState, Placement, PlacementEpoch, Role, ShardIndex,
-    advertised,
-};
+use cadre_types::{ClusterView, Generation, MemberState, Placement, PlacementEpoch, ShardIndex, advertised};
 use tokio::{
     net::TcpListener,
     sync::{oneshot, watch},
@@ -46,15 +39,34 @@ use tokio::{
 use tonic::service::{Routes, interceptor::InterceptedService};
 
 use crate::{
-    metrics::ExpertMetrics,
+    metrics::{ExpertMetrics, ShardMeter},
     options::{BoundAddresses, ExpertOptions, OptionsError},
 };
+
+mod report;
+mod server;
+
+use report::{join, layer_digests};
+use server::GrpcServer;
 
 /// Conditions of readiness.
 const PLACEMENT: &str = "placement";
 const WEIGHTS: &str = "weights";
 const STEP: &str = "step";
 const SERVING: &str = "serving";
+
+/// What they say at first.
+const CONDITIONS: [(&str, &str); 4] = [
+    (PLACEMENT, "none received from the coordinator yet"),
+    (WEIGHTS, "not loaded yet"),
+    (STEP, "no step done yet"),
+    (SERVING, "starting"),
+];
+
+/// The shard's name among the roles of a shared process.
+pub fn part_name(shard: ShardIndex) -> String {
+    format!("expert {}", shard.0)
+}
 
 /// Name of the service in gRPC health checks.
 const SERVICE_NAME: &str = "cadre.v1.Expert";
@@ -69,10 +81,6 @@ const SELF_TEST_BOUND: Duration = Duration::from_secs(60);
 const QUIET: Duration = Duration::from_millis(200);
 /// How often a draining shard looks whether frames still come.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
-/// Bound on writing the last answers and closing connections. Workers keep their streams open for ever, so
-/// this always runs out while they live.
-const CLOSE_BOUND: Duration = Duration::from_millis(300);
-
 /// Runs a shard until `shutdown` resolves (then drains) or something it cannot live without is gone.
 pub async fn run(options: ExpertOptions, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
     let drain = options.drain;
@@ -97,10 +105,15 @@ struct Expert {
     membership: Membership,
     readiness: Readiness,
     health: tonic_health::server::HealthReporter,
-    metrics: ExpertMetrics,
-    device: (DeviceMeter, DeviceMetrics),
+    metrics: ShardMeter,
+    device: OpenDevice,
+    /// `None` where the worker of the process has them.
+    device_metrics: Option<DeviceMetrics>,
     server: GrpcServer,
-    _admin: AbortOnDrop,
+    /// `None` where the process serves it.
+    _admin: Option<AbortOnDrop>,
+    /// Our place among the links of a shared process.
+    place: Option<Place>,
 }
 
 /// A task that ends with its owner.
@@ -112,6 +125,18 @@ impl Drop for AbortOnDrop {
     }
 }
 
+/// The process's own worker reaches the shard while this lives.
+struct Place {
+    shards: LocalConnector,
+    address: String,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.shards.unregister(&self.address);
+    }
+}
+
 /// A shard to be, but for its backend.
 struct Open {
     identity: ShardOptions,
@@ -120,64 +145,12 @@ struct Open {
 }
 
 impl OnBackend for Open {
-    type Output = Result<(Arc<dyn AnyShard>, DeviceMeter), OpsError>;
+    type Output = Result<Arc<dyn AnyShard>, OpsError>;
 
     fn run<B: Backend>(self, backend: Arc<B>) -> Self::Output {
         let Self { identity, checkpoint, drive } = self;
         let source = Arc::new(CheckpointSource::new(backend.clone(), checkpoint));
-        let device = DeviceMeter::of(&backend);
-        Ok((Arc::new(Shard::spawn(identity, backend, source, Some(drive))?), device))
-    }
-}
-
-/// The gRPC server, on the runtime that the compute thread drives while it waits for frames.
-struct GrpcServer {
-    task: JoinHandle<()>,
-    close: Option<oneshot::Sender<()>>,
-    shard: Arc<dyn AnyShard>,
-    _io: IoThread,
-}
-
-impl GrpcServer {
-    fn start(
-        io: IoThread,
-        services: Routes,
-        listener: TcpListener,
-        shard: Arc<dyn AnyShard>,
-    ) -> Result<Self> {
-        // A socket belongs to the runtime in which it was made; this one has been bound before.
-        let listener = listener.into_std().context("hand the listener over")?;
-        let (close, closed) = oneshot::channel::<()>();
-        let task = io.handle().runtime().spawn(async move {
-            let listener = match TcpListener::from_std(listener) {
-                Ok(listener) => listener,
-                Err(error) => {
-                    tracing::error!(%error, "the listener could not be taken over");
-                    return;
-                }
-            };
-            let until = async move {
-                // Resolves on the signal and when the shard is dropped.
-                let _ = closed.await;
-            };
-            tuning::serve("shard", listener, services, until).await;
-        });
-        Ok(Self { task, close: Some(close), shard, _io: io })
-    }
-
-    /// Closes it, bounded.
-    async fn stop(mut self) {
-        self.close.take();
-        // Workers keep their streams open; what is left then is ended by `drop`.
-        let _ = tokio::time::timeout(CLOSE_BOUND, &mut self.task).await;
-    }
-}
-
-impl Drop for GrpcServer {
-    fn drop(&mut self) {
-        self.task.abort();
-        // Open streams hold the shard, the shard's thread the runtime, and the runtime the streams.
-        self.shard.stop();
+        Ok(Arc::new(Shard::spawn(identity, backend, source, Some(drive))?))
     }
 }
 
@@ -185,19 +158,23 @@ impl Expert {
     async fn start(mut options: ExpertOptions) -> Result<Self> {
         let index = options.shard;
         let (grpc, grpc_address) = bind(options.listen, "listen").await?;
-        let (admin_listener, admin_address) = bind(options.admin, "admin").await?;
+        let shared = options.shared.clone();
         // Before anything that takes time: health is asked from the first second on.
-        let metrics = Metrics::new();
-        let expert_metrics = ExpertMetrics::register(&metrics)?;
-        let device_metrics = DeviceMetrics::register(&metrics)?;
-        let readiness = Readiness::new(&[
-            (PLACEMENT, "none received from the coordinator yet"),
-            (WEIGHTS, "not loaded yet"),
-            (STEP, "no step done yet"),
-            (SERVING, "starting"),
-        ]);
-        let serving_admin = admin::serve(admin_listener, metrics, readiness.clone(), axum::Router::new());
-        let admin = AbortOnDrop(tokio::spawn(serving_admin));
+        let (admin_address, readiness, expert_metrics, device_metrics, admin) = match &shared {
+            Some(shared) => {
+                let readiness = shared.readiness.part(&part_name(index), &CONDITIONS);
+                (shared.admin, readiness, shared.expert_metrics.clone(), None, None)
+            }
+            None => {
+                let (listener, address) = bind(options.admin, "admin").await?;
+                let (metrics, readiness) = (Metrics::new(), Readiness::new(&CONDITIONS));
+                let of_shard = Arc::new(ExpertMetrics::register(&metrics)?);
+                let of_device = DeviceMetrics::register(&metrics)?;
+                let serving_admin = admin::serve(listener, metrics, readiness.clone(), axum::Router::new());
+                let admin = AbortOnDrop(tokio::spawn(serving_admin));
+                (address, readiness, of_shard, Some(of_device), Some(admin))
+            }
+        };
         let address = advertised(options.advertise.as_deref(), options.pod_ip, grpc_address)
             .map_err(OptionsError::from)?
             .to_string();
@@ -213,12 +190,16 @@ impl Expert {
         };
         let io = IoThread::start("cadre-expert-io").context("start the dispatch I/O thread")?;
         let drive = Arc::new(Driver::new(io.handle()));
-        let (shard, device, weights) = on_thread("cadre-open", move || -> Result<_> {
+        let of_process = shared.as_ref().map(|shared| shared.device.clone());
+        let (device, shard, weights) = on_thread("cadre-open", move || -> Result<_> {
             let checkpoint = Arc::new(Checkpoint::open_with(&dir, &from)?);
             let weights = Generation { model: checkpoint.model_hash(), numerics, epoch: PlacementEpoch(0) };
             let identity = ShardOptions { shard: index, weights, hidden: checkpoint.config().hidden_size };
-            let (shard, device) = cadre_device::open(&backend, Open { identity, checkpoint, drive })??;
-            Ok((shard, device, weights))
+            let device = of_process.map_or_else(|| OpenDevice::open(&backend), Ok)?;
+            let loading = device.loading();
+            let shard = device.with(Open { identity, checkpoint, drive })?;
+            drop(loading);
+            Ok((device, shard, weights))
         })
         .await??;
         if let Some(bound) = options.bound.take() {
@@ -233,22 +214,30 @@ impl Expert {
             Admit::new(options.secret.clone()),
         ));
         let server = GrpcServer::start(io, services, grpc, shard.clone())?;
-        let membership = join(&options, address.clone(), weights, &shard, device.clone())?;
+        // Before anybody is told the address.
+        let place = shared.map(|shared| {
+            shared.shards.register(&*address, shard.clone());
+            Place { shards: shared.shards, address: address.clone() }
+        });
+        let membership = join(&options, address.clone(), weights, &shard, device.meter())?;
         readiness.started();
         tracing::info!(
             shard = index.0, address, admin = %admin_address, model = %weights.model,
             numerics = %weights.numerics, "expert shard started"
         );
+        let metrics = ShardMeter::new(expert_metrics);
         Ok(Self {
             index,
             shard,
             membership,
             readiness,
             health,
-            metrics: expert_metrics,
-            device: (device, device_metrics),
+            metrics,
+            device,
+            device_metrics,
             server,
             _admin: admin,
+            place,
         })
     }
 
@@ -269,7 +258,9 @@ impl Expert {
         loop {
             ticks.tick().await;
             self.metrics.refresh(&*self.shard);
-            self.device.1.refresh(&self.device.0);
+            if let Some(metrics) = &self.device_metrics {
+                metrics.refresh(&self.device.meter());
+            }
             if self.shard.is_dead() {
                 bail!("the compute thread of {} is gone", self.index);
             }
@@ -345,10 +336,14 @@ impl Expert {
     ) -> Result<Option<Arc<Placement>>> {
         let epoch = placement.epoch();
         let began = Instant::now();
-        tracing::info!(%epoch, "loading experts");
+        tracing::info!(shard = self.index.0, %epoch, "loading experts");
         let given_up = Arc::new(AtomicBool::new(false));
         let (shard, wanted, stop) = (self.shard.clone(), placement.clone(), given_up.clone());
-        let mut loading = pin!(on_thread("cadre-load", move || shard.hold(&wanted, &stop)));
+        let device = self.device.clone();
+        let mut loading = pin!(on_thread("cadre-load", move || {
+            let _turn = device.loading();
+            shard.hold(&wanted, &stop)
+        }));
         let loaded = loop {
             tokio::select! {
                 loaded = &mut loading => break loaded?,
@@ -366,18 +361,19 @@ impl Expert {
         match loaded {
             Ok(()) => {}
             Err(ApplyError::GivenUp { .. }) => {
-                tracing::info!(%epoch, "not wanted any more");
+                tracing::info!(shard = self.index.0, %epoch, "not wanted any more");
                 return Ok(None);
             }
             Err(error) if !self.shard.epochs().is_empty() => {
-                tracing::error!(%error, retry = ?RETRY, "placement not loaded; what is held is served");
+                tracing::error!(shard = self.index.0, %error, retry = ?RETRY, "placement not loaded; what is held is served");
                 tokio::time::sleep(RETRY).await;
                 return Ok(None);
             }
             Err(error) => return Err(error.into()),
         }
         let (experts, bytes) = self.shard.resident();
-        tracing::info!(%epoch, experts, bytes, seconds = began.elapsed().as_secs_f64(), "experts loaded");
+        let seconds = began.elapsed().as_secs_f64();
+        tracing::info!(shard = self.index.0, %epoch, experts, bytes, seconds, "experts loaded");
         let shard = self.shard.clone();
         let tested = on_thread("cadre-self-test", move || shard.self_test(epoch, SELF_TEST_BOUND)).await?;
         tested.with_context(|| format!("{} under {epoch}", self.index))?;
@@ -429,11 +425,15 @@ impl Expert {
     }
 
     /// Lets workers go elsewhere, finishes what they have sent, leaves, closes.
-    async fn stop(self, drain: Duration) {
+    async fn stop(mut self, drain: Duration) {
         self.readiness.unmet(SERVING, "draining");
         self.health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing).await;
-        self.membership.set_state(MemberState::Draining);
         let deadline = Instant::now() + drain;
+        if self.place.is_some() {
+            // Other workers may be draining as ours has, and have no other copy: they finish first, in most of the time.
+            self.wait_quiet(deadline - drain / 4).await;
+        }
+        self.membership.set_state(MemberState::Draining);
         self.wait_quiet(deadline).await;
         self.shard.drain();
         let shard = self.shard.clone();
@@ -442,6 +442,7 @@ impl Expert {
             tracing::warn!(?drain, "frames are left that were not computed in time");
         }
         self.membership.leave().await;
+        drop(self.place.take());
         self.server.stop().await;
         tracing::info!(shard = self.index.0, "expert shard stopped");
     }
@@ -481,53 +482,6 @@ fn contains(placements: &[Arc<Placement>], placement: &Placement) -> bool {
 /// Epoch and slots; the digest first says most often that they differ.
 fn same(a: &Placement, b: &Placement) -> bool {
     a.epoch() == b.epoch() && a.digest() == b.digest()
-}
-
-fn join(
-    options: &ExpertOptions,
-    address: String,
-    weights: Generation,
-    shard: &Arc<dyn AnyShard>,
-    device: DeviceMeter,
-) -> Result<Membership> {
-    let born = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let member = Member {
-        // Unique per process life.
-        id: MemberId(format!("shard-{}-{:013x}-{address}", options.shard.0, born.as_millis())),
-        role: Role::Expert(options.shard),
-        address,
-        state: MemberState::Starting,
-        pod: options.pod.clone(),
-    };
-    let shard = Arc::downgrade(shard);
-    let load = move || {
-        let progress = shard.upgrade().map(|shard| shard.progress()).unwrap_or_default();
-        let loading =
-            v1::LoadProgress { bytes_read: progress.bytes_read, bytes_expected: progress.bytes_expected };
-        LoadReport { loading: Some(loading), device: Some(device.read().into()), ..LoadReport::default() }
-    };
-    let to = MembershipOptions {
-        secret: options.secret.clone(),
-        weights: options.weights.to_string(),
-        ..MembershipOptions::new(&options.coordinator)
-    };
-    Ok(membership::join(to, member, weights, load)?)
-}
-
-/// As reports carry them.
-fn layer_digests(digests: BTreeMap<ExpertKey, u64>) -> Vec<v1::LayerDigests> {
-    let mut layers: Vec<v1::LayerDigests> = Vec::new();
-    for (key, digest) in digests {
-        let layer = u32::from(key.layer.0);
-        if layers.last().is_none_or(|last| last.layer != layer) {
-            layers.push(v1::LayerDigests { layer, ..v1::LayerDigests::default() });
-        }
-        if let Some(last) = layers.last_mut() {
-            last.experts.push(u32::from(key.expert.0));
-            last.digests.push(digest);
-        }
-    }
-    layers
 }
 
 async fn bind(address: SocketAddr, option: &str) -> Result<(TcpListener, SocketAddr)> {

@@ -1,6 +1,7 @@
 //! The worker role: an engine behind gRPC, with KV hand-off between prefill and decode.
 //!
-//! Owns: the process around one engine ([`run()`]), the service `cadre.v1.Worker` ([`service`]), metrics, and
+//! Owns: the process around one engine ([`run()`]), the one around an engine and expert shards of its device
+//! ([`run_with_experts()`]), the service `cadre.v1.Worker` ([`service`]), metrics, and
 //! [`inprocess`], which builds a complete engine with its experts in one process for tests and benches.
 //! Refuses to know text, clients and placement decisions: it follows the coordinator's view.
 //!
@@ -14,6 +15,8 @@ mod run;
 pub mod service;
 mod status;
 mod wire;
+pub mod with_experts;
 
 pub use options::{WorkerOptions, WorkerRole, WorkerTimeouts};
 pub use run::run;
+pub use with_experts::run_with_experts;

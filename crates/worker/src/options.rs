@@ -10,6 +10,7 @@ use std::{
 
 use cadre_checkpoint::WeightsOptions;
 use cadre_device::Device;
+use cadre_expert::SharedProcess;
 use cadre_ops::RowFormat;
 use cadre_proto::secret::ClusterSecret;
 use cadre_scheduler::{PAGE_TOKENS, SchedulerConfig};
@@ -56,6 +57,9 @@ pub struct WorkerOptions {
     pub pod_ip: Option<IpAddr>,
     /// The cluster's secret: asked of every caller, shown to every peer.
     pub secret: Option<ClusterSecret>,
+    /// The process that it is a role of; `None` for a process of its own. `device`, `threads` and `admin` are then the
+    /// process's.
+    pub shared: Option<SharedProcess>,
     /// Receives the real addresses once every port is bound.
     pub bound: Option<oneshot::Sender<BoundAddresses>>,
 }
@@ -81,6 +85,7 @@ impl WorkerOptions {
             pod: None,
             pod_ip: None,
             secret: None,
+            shared: None,
             bound: None,
         }
     }

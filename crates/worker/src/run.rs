@@ -21,7 +21,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use cadre_checkpoint::Checkpoint;
 use cadre_device::{BackendOptions, DeviceMetrics};
 use cadre_dispatch::{
-    DispatchConfig, DispatchHandle, Dispatcher, ExpertLoadWindow, GrpcConnector, IoThread, Membership, tuning,
+    Connect, DispatchConfig, DispatchHandle, Dispatcher, ExpertLoadWindow, GrpcConnector, IoThread,
+    Membership, tuning,
 };
 use cadre_engine::{Engine, EngineHandle};
 use cadre_scheduler::SchedulerConfig;
@@ -49,6 +50,15 @@ const PLACEMENT: &str = "placement";
 const EXPERTS: &str = "experts";
 const STEP: &str = "step";
 const SERVING: &str = "serving";
+
+/// What they say at first.
+const CONDITIONS: [(&str, &str); 5] = [
+    (WEIGHTS, "not loaded yet"),
+    (PLACEMENT, "none received from the coordinator yet"),
+    (EXPERTS, "no shard reached yet"),
+    (STEP, "no step done yet"),
+    (SERVING, "starting"),
+];
 
 /// How often counters are brought up to date.
 const REFRESH: Duration = Duration::from_millis(500);
@@ -109,18 +119,18 @@ impl Worker {
         let role = Role::from(options.role);
         // Before anything that takes time: health is asked from the first second on.
         let (grpc, grpc_address) = bind(options.listen, "listen").await?;
-        let (admin_listener, admin_address) = bind(options.admin, "admin").await?;
-        let metrics = Metrics::new();
-        let readiness = Readiness::new(&[
-            (WEIGHTS, "not loaded yet"),
-            (PLACEMENT, "none received from the coordinator yet"),
-            (EXPERTS, "no shard reached yet"),
-            (STEP, "no step done yet"),
-            (SERVING, "starting"),
-        ]);
-        let admin_server =
-            admin::serve(admin_listener, metrics.clone(), readiness.clone(), axum::Router::new());
-        let mut background = vec![AbortOnDrop(tokio::spawn(admin_server))];
+        let (admin_address, metrics, readiness, mut background) = match &options.shared {
+            Some(shared) => {
+                let readiness = shared.readiness.part("worker", &CONDITIONS);
+                (shared.admin, shared.metrics.clone(), readiness, Vec::new())
+            }
+            None => {
+                let (listener, address) = bind(options.admin, "admin").await?;
+                let (metrics, readiness) = (Metrics::new(), Readiness::new(&CONDITIONS));
+                let served = admin::serve(listener, metrics.clone(), readiness.clone(), axum::Router::new());
+                (address, metrics, readiness, vec![AbortOnDrop(tokio::spawn(served))])
+            }
+        };
         let (dir, weights) = (options.model_dir.clone(), options.weights.clone());
         let checkpoint =
             Arc::new(on_thread("cadre-open", move || Checkpoint::open_with(&dir, &weights)).await??);
@@ -237,8 +247,12 @@ impl Worker {
             uncovered_wait: options.timeouts.uncovered,
             ..DispatchConfig::default()
         };
-        let connector = GrpcConnector::new(io.handle()).with_secret(options.secret.as_ref());
-        let dispatcher = Dispatcher::new(config, self.generation, Arc::new(connector));
+        let remote = Arc::new(GrpcConnector::new(io.handle()).with_secret(options.secret.as_ref()));
+        let connector: Arc<dyn Connect> = match &options.shared {
+            Some(shared) => Arc::new(shared.shards.or(remote)),
+            None => remote,
+        };
+        let dispatcher = Dispatcher::new(config, self.generation, connector);
         let dispatch = dispatcher.handle();
         let checkpoint = self.checkpoint.take().ok_or_else(|| anyhow!("weights are loaded once"))?;
         let load = Load {
@@ -248,6 +262,7 @@ impl Worker {
                 threads: options.threads.map(std::num::NonZeroUsize::get),
                 ..BackendOptions::new(options.numerics)
             },
+            device: options.shared.as_ref().map(|shared| shared.device.clone()),
             scheduler: self.scheduler.clone(),
             dispatcher,
             io,
@@ -422,7 +437,10 @@ async fn bind(address: SocketAddr, option: &str) -> Result<(TcpListener, SocketA
 }
 
 /// Runs blocking work on a thread of its own, which a stopping process does not wait for.
-async fn on_thread<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+pub(crate) async fn on_thread<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
     let (sender, result) = oneshot::channel();
     std::thread::Builder::new()
         .name(name.to_owned())

@@ -25,6 +25,8 @@ pub(crate) struct Layout {
     pub(crate) numerics: String,
     /// What workers and shards compute on, if it was said.
     pub(crate) device: Option<Device>,
+    /// Whether the decode workers' processes hold the shards too.
+    pub(crate) shared: bool,
     /// Threads of each process.
     pub(crate) threads: Threads,
     /// Client addresses of the router.
@@ -89,7 +91,7 @@ impl Tier {
 /// A process to keep running.
 #[derive(Clone, Debug)]
 pub(crate) struct ProcessSpec {
-    /// As shown to the user: `router`, `prefill 0`, `expert 3`.
+    /// As shown to the user: `router`, `prefill 0`, `expert 3`, `decode 0 with expert 0, 2`.
     pub(crate) name: String,
     /// Its tier.
     pub(crate) tier: Tier,
@@ -124,8 +126,12 @@ impl Layout {
     pub(crate) fn processes(&self) -> Vec<ProcessSpec> {
         let worker_role = if self.prefill == 0 { "both" } else { "decode" };
         let prefill = (0..self.prefill).map(|index| self.worker("prefill", "prefill", index));
-        let decode = (0..self.decode).map(|index| self.worker("decode", worker_role, index));
-        let experts = (0..self.shards).map(|shard| self.expert(shard));
+        let decode = (0..self.decode).map(|index| match self.shards_of(index) {
+            Some(shards) => self.worker_with_experts(worker_role, index, &shards),
+            None => self.worker("decode", worker_role, index),
+        });
+        let alone = if self.shared { 0 } else { self.shards };
+        let experts = (0..alone).map(|shard| self.expert(shard));
         std::iter::once(self.router()).chain(prefill).chain(decode).chain(experts).collect()
     }
 
@@ -143,6 +149,21 @@ impl Layout {
         args.extend(self.device_args());
         args.extend(self.extra.worker.iter().cloned());
         ProcessSpec { name: format!("{tier} {index}"), tier: Tier::Worker, args }
+    }
+
+    /// The shards in the process of a decode worker, dealt out in turn.
+    fn shards_of(&self, decode: usize) -> Option<Vec<usize>> {
+        let shards = || (decode..self.shards).step_by(self.decode.max(1)).collect::<Vec<_>>();
+        self.shared.then(shards).filter(|shards| !shards.is_empty())
+    }
+
+    fn worker_with_experts(&self, role: &str, index: usize, shards: &[usize]) -> ProcessSpec {
+        let ProcessSpec { name, tier, mut args } = self.worker("decode", role, index);
+        let indices =
+            |separator: &str| shards.iter().map(usize::to_string).collect::<Vec<_>>().join(separator);
+        args.extend(words(["--with-expert", &indices(","), "--expert-listen", EPHEMERAL]));
+        args.extend(words(["--expert-drain-timeout", &self.drain_seconds.to_string()]));
+        ProcessSpec { name: format!("{name} with expert {}", indices(", ")), tier, args }
     }
 
     fn expert(&self, shard: usize) -> ProcessSpec {
@@ -210,6 +231,7 @@ mod tests {
             weights: WeightsOptions::default(),
             numerics: "bf16".into(),
             device: None,
+            shared: false,
             threads: Threads { worker: 1, expert: 1 },
             grpc: "127.0.0.1:50051".into(),
             http: "127.0.0.1:8000".into(),
@@ -246,6 +268,17 @@ mod tests {
             names(&layout()),
             ["router", "prefill 0", "decode 0", "decode 1", "expert 0", "expert 1", "expert 2"]
         );
+    }
+
+    #[test]
+    fn shards_are_dealt_out_over_the_decode_workers_that_share_a_process_with_them() {
+        let layout = Layout { shared: true, prefill: 0, ..layout() };
+        assert_eq!(names(&layout), ["router", "decode 0 with expert 0, 2", "decode 1 with expert 1"]);
+        let args = layout.command_line(&layout.processes()[1], Some("127.0.0.1:7"), None);
+        assert_eq!(after(&args, "--with-expert").as_deref(), Some("0,2"));
+        assert_eq!(after(&args, "--role").as_deref(), Some("both"));
+        let few = Layout { shards: 1, ..layout };
+        assert_eq!(names(&few), ["router", "decode 0 with expert 0", "decode 1"]);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use cadre_checkpoint::Checkpoint;
-use cadre_device::{BackendOptions, DeviceMeter, OnBackend};
+use cadre_device::{BackendOptions, DeviceMeter, OnBackend, OpenDevice};
 use cadre_dispatch::{Dispatcher, IoThread};
 use cadre_engine::{Engine, EngineParts};
 use cadre_model::{LoadOptions, LoadProgress, Model};
@@ -21,6 +21,8 @@ use crate::metrics::WorkerMetrics;
 pub(super) struct Load {
     pub(super) checkpoint: Arc<Checkpoint>,
     pub(super) backend: BackendOptions,
+    /// The device of a shared process.
+    pub(super) device: Option<OpenDevice>,
     pub(super) scheduler: SchedulerConfig,
     pub(super) dispatcher: Dispatcher,
     /// Lives as long as the engine's last step.
@@ -32,7 +34,12 @@ pub(super) struct Load {
 
 impl Load {
     pub(super) fn run(self) -> Result<Engine> {
-        cadre_device::open(&self.backend.clone(), self)?
+        let device = match &self.device {
+            Some(device) => device.clone(),
+            None => OpenDevice::open(&self.backend)?,
+        };
+        let _turn = device.loading();
+        device.with(self)
     }
 }
 

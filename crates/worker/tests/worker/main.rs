@@ -6,4 +6,5 @@
 mod determinism;
 mod process;
 mod service;
+mod shared;
 mod support;

@@ -23,14 +23,14 @@ struct Coordinator {
     refuse: Option<&'static str>,
 }
 
-struct Session {
-    reports: Streaming<v1::Report>,
-    views: mpsc::Sender<Result<v1::ClusterView, Status>>,
+pub(crate) struct Session {
+    pub(crate) reports: Streaming<v1::Report>,
+    pub(crate) views: mpsc::Sender<Result<v1::ClusterView, Status>>,
 }
 
 impl Session {
     /// The next report with this state.
-    async fn report(&mut self, state: v1::MemberState) -> v1::Report {
+    pub(crate) async fn report(&mut self, state: v1::MemberState) -> v1::Report {
         loop {
             let report = self.reports.next().await.expect("the worker reports").unwrap();
             if report.member.as_ref().unwrap().state() == state {
@@ -67,7 +67,7 @@ impl v1::coordinator_server::Coordinator for Coordinator {
     }
 }
 
-async fn coordinate(refuse: Option<&'static str>) -> (SocketAddr, mpsc::Receiver<Session>) {
+pub(crate) async fn coordinate(refuse: Option<&'static str>) -> (SocketAddr, mpsc::Receiver<Session>) {
     let (sessions, played) = mpsc::channel(4);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -106,7 +106,7 @@ async fn start(coordinator: SocketAddr) -> Running {
 }
 
 /// Status and body of one request to the admin port.
-async fn fetch(address: SocketAddr, path: &str) -> (u16, String) {
+pub(crate) async fn fetch(address: SocketAddr, path: &str) -> (u16, String) {
     let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
@@ -116,13 +116,13 @@ async fn fetch(address: SocketAddr, path: &str) -> (u16, String) {
     (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
 }
 
-async fn wait_ready(admin: SocketAddr) {
+pub(crate) async fn wait_ready(admin: SocketAddr) {
     while fetch(admin, "/readyz").await.0 != 200 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
-fn client(address: SocketAddr) -> v1::worker_client::WorkerClient<tonic::transport::Channel> {
+pub(crate) fn client(address: SocketAddr) -> v1::worker_client::WorkerClient<tonic::transport::Channel> {
     let endpoint = tuning::endpoint(&address.to_string()).unwrap();
     v1::worker_client::WorkerClient::new(endpoint.connect_lazy())
 }

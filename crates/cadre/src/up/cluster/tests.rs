@@ -32,6 +32,7 @@ fn layout() -> Layout {
         weights: cadre_checkpoint::WeightsOptions::default(),
         numerics: "bf16".into(),
         device: None,
+        shared: false,
         threads: Threads { worker: 1, expert: 1 },
         grpc: "127.0.0.1:0".into(),
         http: "127.0.0.1:0".into(),
