@@ -47,8 +47,13 @@ pub struct HealthPolicy {
     pub latency_decay: Duration,
     /// A frame is slow after this many times what its peers need for as much work.
     pub slow_factor: u32,
-    /// Nothing is slow before this: a time slice or two of a machine whose cores are all busy.
+    /// Nothing is slow before this, on a machine with idle cores; see `slow_hiccups` for others.
     pub slow_floor: Duration,
+    /// Nor before this many times the worst that is usual among the shards: where all cores are busy, every process
+    /// waits for its time slice now and then, and a shard is slow against its peers, not against a clock.
+    pub slow_hiccups: u32,
+    /// How long the worst of a shard is remembered: many steps, so that it has one.
+    pub hiccup_decay: Duration,
     /// Delay of the first probe of a shard that is avoided, doubled each time that it is avoided again.
     pub slow_probe: Duration,
     /// That delay is never longer: the cost of trying a shard that goes on and off is one slow frame per delay.
@@ -71,6 +76,8 @@ impl Default for HealthPolicy {
             latency_decay: Duration::from_secs(1),
             slow_factor: 8,
             slow_floor: Duration::from_millis(10),
+            slow_hiccups: 2,
+            hiccup_decay: Duration::from_secs(10),
             slow_probe: Duration::from_millis(50),
             max_slow_probe: Duration::from_secs(5),
             slow_passes: 4,

@@ -30,5 +30,5 @@ pub use transport::{
     grpc::GrpcConnector,
     io::{Driver, IoHandle, IoThread},
     local::LocalConnector,
-    server::ExpertServer,
+    server::{ExpertServer, Limits},
 };

@@ -77,6 +77,8 @@ pub struct LoadReport {
     pub device: Option<v1::MemberDevice>,
     /// Workers: tokens per (layer, expert) since the previous call.
     pub expert_load: Vec<v1::LayerLoad>,
+    /// Workers: shards whose rows were not finite.
+    pub faults: Vec<v1::ShardFault>,
 }
 
 /// Why a membership could not begin.
@@ -435,6 +437,7 @@ impl<L: FnMut() -> LoadReport + Send + 'static> Session<L> {
             applied_placement: None,
             expert_digests,
             weights_digest,
+            faults: load.faults,
         }
     }
 

@@ -51,6 +51,28 @@ impl FrameLimits {
         }
     }
 
+    fn most_tokens(&self) -> usize {
+        self.max_tokens.min(self.max_bytes / self.row_bytes.max(1))
+    }
+
+    /// Bytes of the rows of the largest frame.
+    pub fn largest_frame(&self) -> usize {
+        self.most_tokens() * self.row_bytes
+    }
+
+    /// Bytes of the largest answer to a model that sends each token to so many experts.
+    pub fn largest_answer(&self, experts_per_token: usize) -> usize {
+        self.max_bytes.min(self.most_tokens() * experts_per_token * self.answer_bytes)
+    }
+
+    /// Bytes of the largest message with such a frame: its rows, two integers of at most five bytes for each pair,
+    /// and the rest.
+    pub fn largest_message(&self, experts_per_token: usize) -> usize {
+        /// Stamp, lengths and numbers.
+        const REST: usize = 4 << 10;
+        self.largest_frame() + 10 * self.most_tokens() * experts_per_token + REST
+    }
+
     /// Whether a frame of this many tokens and pairs fits. A frame of one token always does.
     fn fits(&self, tokens: usize, pairs: usize) -> bool {
         tokens <= 1

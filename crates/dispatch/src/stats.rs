@@ -10,7 +10,7 @@ use std::{
 };
 
 use cadre_proto::v1;
-use cadre_types::{LayerId, Placement, ShardIndex};
+use cadre_types::{LayerId, LogicalExpert, Placement, ShardIndex};
 use parking_lot::RwLock;
 
 use crate::health::Failure;
@@ -82,6 +82,18 @@ pub struct DispatchStats {
     pub compute_micros: AtomicU64,
     shards: RwLock<Vec<Arc<ShardStats>>>,
     experts: OnceLock<ExpertTokens>,
+    /// What was not finite and has not been disproven.
+    faults: RwLock<Vec<ShardFault>>,
+}
+
+/// A shard that was taken out because a row was not finite.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ShardFault {
+    pub(crate) shard: ShardIndex,
+    /// Of the process that answered.
+    pub(crate) address: String,
+    pub(crate) layer: LayerId,
+    pub(crate) expert: LogicalExpert,
 }
 
 /// Tokens routed per (layer, logical expert).
@@ -121,6 +133,22 @@ impl DispatchStats {
     /// Every shard's counters, by index.
     pub fn shards(&self) -> Vec<Arc<ShardStats>> {
         self.shards.read().clone()
+    }
+
+    pub(crate) fn set_faults(&self, faults: Vec<ShardFault>) {
+        *self.faults.write() = faults;
+    }
+
+    /// Shards that are taken out because a row was not finite, for reports; at most one fault of a shard.
+    pub fn faults(&self) -> Vec<v1::ShardFault> {
+        let faults = self.faults.read();
+        let wire = faults.iter().map(|fault| v1::ShardFault {
+            shard: u32::from(fault.shard.0),
+            address: fault.address.clone(),
+            layer: u32::from(fault.layer.0),
+            expert: u32::from(fault.expert.0),
+        });
+        wire.collect()
     }
 
     /// Sizes the table of tokens by the first placement; a model's layers and experts never change.
@@ -168,6 +196,11 @@ impl ExpertLoadWindow {
         Self { stats, previous }
     }
 
+    /// As [`DispatchStats::faults`].
+    pub fn faults(&self) -> Vec<v1::ShardFault> {
+        self.stats.faults()
+    }
+
     /// Tokens since the last call; layers without any are left out.
     pub fn take(&mut self) -> Vec<v1::LayerLoad> {
         let now = self.stats.expert_tokens();
@@ -192,7 +225,7 @@ impl ExpertLoadWindow {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-    use cadre_types::{LayerPlacement, LogicalExpert, PlacementEpoch};
+    use cadre_types::{LayerPlacement, PlacementEpoch};
 
     use super::*;
 

@@ -5,10 +5,14 @@
 use std::{future::Future, time::Duration};
 
 use cadre_net::{Http2Options, IntakeOptions, ServerOptions};
+use cadre_ops::RowFormat;
+use cadre_types::NumericsClass;
 use tonic::{
     service::Routes,
     transport::{Endpoint, Server, server::TcpIncoming},
 };
+
+use crate::plan::FrameLimits;
 
 /// HTTP/2 stream and connection window. A frame of `MAX_FRAME_BYTES` fits without a window update.
 pub const WINDOW_BYTES: u32 = 64 << 20;
@@ -26,9 +30,6 @@ pub const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bound on establishing a connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Bytes of incomplete messages of a port: KV and frames of many peers come at one time.
-const INTAKE_BYTES: usize = 8 * cadre_proto::MAX_MESSAGE_BYTES;
-
 /// A client endpoint for `host:port` or a full URI.
 pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
     let uri = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
@@ -43,15 +44,35 @@ pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
         .keep_alive_while_idle(true))
 }
 
+/// The intake of a shard's port: a message is at most twice the largest frame of the model, and as much may be
+/// incomplete at a time as four of them, which is what the frames and answers of four streams may take.
+pub fn shard_intake(numerics: NumericsClass, hidden: usize, experts_per_token: usize) -> IntakeOptions {
+    let limits = FrameLimits::of(RowFormat::dispatch(numerics), RowFormat::combine(numerics), hidden);
+    intake(2 * limits.largest_message(experts_per_token), 4)
+}
+
+/// The intake of a worker's port: a message is a prompt of so many tokens (of at most five bytes each) or rows of a
+/// hand-off, each with what else it says; 64 hand-offs may have one under way.
+pub fn worker_intake(positions: usize, kv_frame_bytes: usize) -> IntakeOptions {
+    /// Stop ids, names, stamp.
+    const REST: usize = 256 << 10;
+    intake(kv_frame_bytes.max(5 * positions) + REST, 64)
+}
+
+fn intake(largest_message_bytes: usize, at_a_time: usize) -> IntakeOptions {
+    let largest = largest_message_bytes.min(cadre_proto::MAX_MESSAGE_BYTES);
+    IntakeOptions::streams(largest.saturating_mul(at_a_time), largest)
+}
+
 /// Serves a member's port with the same settings until `stop` resolves, with the bounds that every port has
 /// ([`cadre_net`]). Dropped, it cuts the connections.
 pub async fn serve(
     port: &'static str,
     listener: tokio::net::TcpListener,
     services: Routes,
+    intake: IntakeOptions,
     stop: impl Future<Output = ()> + Send,
 ) {
-    let intake = IntakeOptions::streams(INTAKE_BYTES, cadre_proto::MAX_MESSAGE_BYTES);
     let mut options = ServerOptions::grpc(port, intake);
     options.http2 = Http2Options {
         stream_window_bytes: Some(WINDOW_BYTES),
@@ -89,12 +110,29 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn what_is_incomplete_follows_from_the_largest_message() {
+        let small = intake(3 << 20, 4);
+        assert_eq!((small.max_message_bytes, small.budget_bytes), (3 << 20, 12 << 20));
+        let most = intake(usize::MAX, 2);
+        assert_eq!(most.max_message_bytes, cadre_proto::MAX_MESSAGE_BYTES);
+        assert_eq!(most.budget_bytes, 2 * cadre_proto::MAX_MESSAGE_BYTES);
+        // DeepSeek-V3: frames of 4096 tokens of 14 KB; the bundled checkpoint's have 512 bytes.
+        let v3 = shard_intake(NumericsClass::Bf16, 7168, 8);
+        assert_eq!((v3.max_message_bytes >> 20, v3.budget_bytes >> 20), (112, 450));
+        let pocket = shard_intake(NumericsClass::Bf16, 256, 4);
+        assert!(pocket.budget_bytes < 20 << 20, "{} bytes", pocket.budget_bytes);
+        let worker = worker_intake(163_840, 1 << 20);
+        assert_eq!((worker.max_message_bytes, worker.budget_bytes), (5 << 18, 80 << 20));
+    }
+
     /// The paused clock goes on when nobody has anything to do.
     #[tokio::test(start_paused = true)]
     async fn who_connects_to_a_member_and_says_nothing_is_closed() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        tokio::spawn(serve("worker", listener, Routes::default(), std::future::pending()));
+        let intake = intake(1 << 20, 4);
+        tokio::spawn(serve("worker", listener, Routes::default(), intake, std::future::pending()));
         let mut silent = tokio::net::TcpStream::connect(address).await.unwrap();
         let mut rest = Vec::new();
         silent.read_to_end(&mut rest).await.unwrap();

@@ -8,12 +8,16 @@
 //!
 //! Dropping either end is the abort: the loop sees a closed channel and ends that sequence alone.
 
+mod room;
+
 use bytes::Bytes;
 use cadre_ops::RowFormat;
 use cadre_types::{LayerId, Position, TokenId};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{error::HandoffError, handle::Waker, request::GeneratedToken};
+pub(crate) use room::Held;
+pub use room::{KV_ROOM_BYTES, KvRoom};
 
 /// Most bytes of rows in one message (and in one frame on the wire).
 pub const MAX_KV_FRAME_BYTES: usize = 1 << 20;

@@ -30,7 +30,8 @@ mod step_loop;
 pub use error::{EngineError, EngineStartError, HandoffError, SelfTestError, SubmitError};
 pub use handle::{Engine, EngineHandle, EngineParts, KvShape, SequenceStream};
 pub use handoff::{
-    HandoffOffer, KvFinish, KvMessage, KvRows, KvStream, KvWriter, MAX_KV_FRAME_BYTES, prompt_hash,
+    HandoffOffer, KV_ROOM_BYTES, KvFinish, KvMessage, KvRoom, KvRows, KvStream, KvWriter, MAX_KV_FRAME_BYTES,
+    prompt_hash,
 };
 pub use request::{EngineEvent, EngineLimits, GeneratedToken, PrefillPlace, PrefillRequest, SequenceRequest};
 pub use stats::{EngineLoad, EngineStats, StepSample};

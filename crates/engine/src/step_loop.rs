@@ -28,7 +28,7 @@ use crate::{
     error::{EngineError, EngineStartError, HandoffError},
     events::EventSink,
     handle::{Begun, Command, EngineParts, InFlight, KvShape, Submission, SubmissionKind},
-    handoff::HandoffOffer,
+    handoff::{HandoffOffer, KV_ROOM_BYTES, KvRoom},
     request::{EngineEvent, GeneratedToken},
     stats::{EngineStats, StepSample, add},
 };
@@ -60,6 +60,8 @@ pub(crate) struct StepLoop<B: Backend> {
     shape: KvShape,
     handoff_timeout: Duration,
     handoff_begin_timeout: Duration,
+    /// For the rows of all prompts that are handed off.
+    outgoing_room: KvRoom,
     /// Zero of the scheduler's clock.
     started: Instant,
 }
@@ -113,6 +115,7 @@ impl<B: Backend> StepLoop<B> {
             shape,
             handoff_timeout: parts.handoff_timeout,
             handoff_begin_timeout: parts.handoff_begin_timeout,
+            outgoing_room: KvRoom::new(KV_ROOM_BYTES),
             started: Instant::now(),
         })
     }
@@ -211,7 +214,8 @@ impl<B: Backend> StepLoop<B> {
             SubmissionKind::Local => (SequenceKind::Local, Part::Local),
             SubmissionKind::Remote => (SequenceKind::AwaitHandoff, Part::Incoming(Incoming::Queued)),
             SubmissionKind::PrefillOnly { sink } => {
-                (SequenceKind::PrefillOnly, Part::Outgoing(Outgoing::new(sink, self.shape, prompt.len())))
+                let outgoing = Outgoing::new(sink, self.outgoing_room.clone(), self.shape, prompt.len());
+                (SequenceKind::PrefillOnly, Part::Outgoing(outgoing))
             }
         };
         let deadline = deadline.map(|deadline| nanos(deadline.saturating_duration_since(self.started)));

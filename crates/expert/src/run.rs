@@ -25,7 +25,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use cadre_checkpoint::Checkpoint;
 use cadre_device::{BackendOptions, DeviceMetrics, OnBackend, OpenDevice};
-use cadre_dispatch::{Driver, ExpertServer, IoThread, LocalConnector, Membership};
+use cadre_dispatch::{Driver, ExpertServer, IoThread, Limits, LocalConnector, Membership, tuning};
 use cadre_ops::{Backend, OpsError};
 use cadre_proto::secret::Admit;
 use cadre_shard::{AnyShard, ApplyError, CheckpointSource, SelfTestError, Shard, ShardOptions};
@@ -191,15 +191,19 @@ impl Expert {
         let io = IoThread::start("cadre-expert-io").context("start the dispatch I/O thread")?;
         let drive = Arc::new(Driver::new(io.handle()));
         let of_process = shared.as_ref().map(|shared| shared.device.clone());
-        let (device, shard, weights) = on_thread("cadre-open", move || -> Result<_> {
+        let (device, shard, weights, (intake, limits)) = on_thread("cadre-open", move || -> Result<_> {
             let checkpoint = Arc::new(Checkpoint::open_with(&dir, &from)?);
             let weights = Generation { model: checkpoint.model_hash(), numerics, epoch: PlacementEpoch(0) };
-            let identity = ShardOptions { shard: index, weights, hidden: checkpoint.config().hidden_size };
+            let config = checkpoint.config();
+            let (hidden, chosen) = (config.hidden_size, config.num_experts_per_tok);
+            let bounds =
+                (tuning::shard_intake(numerics, hidden, chosen), Limits::of_model(numerics, hidden, chosen));
+            let identity = ShardOptions { shard: index, weights, hidden };
             let device = of_process.map_or_else(|| OpenDevice::open(&backend), Ok)?;
             let loading = device.loading();
             let shard = device.with(Open { identity, checkpoint, drive })?;
             drop(loading);
-            Ok((device, shard, weights))
+            Ok((device, shard, weights, bounds))
         })
         .await??;
         if let Some(bound) = options.bound.take() {
@@ -210,10 +214,10 @@ impl Expert {
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing).await;
         let services = Routes::new(health_service).add_service(InterceptedService::new(
-            ExpertServer::new(shard.clone()).into_service(),
+            ExpertServer::with_limits(shard.clone(), limits).into_service(),
             Admit::new(options.secret.clone()),
         ));
-        let server = GrpcServer::start(io, services, grpc, shard.clone())?;
+        let server = GrpcServer::start(io, services, grpc, intake, shard.clone())?;
         // Before anybody is told the address.
         let place = shared.map(|shared| {
             shared.shards.register(&*address, shard.clone());

@@ -46,7 +46,7 @@ pub(crate) use service::CoordinatorService;
 use crate::metrics::RouterMetrics;
 use layouts::Layouts;
 use owner::Owner;
-use proof::Prover;
+use proof::{Prover, Verdict};
 use report::MemberReport;
 use state::{ConnectionId, State};
 
@@ -113,7 +113,7 @@ enum Command {
     OperatorView { stream: OperatorStream, view: OperatorView },
     OperatorGone { stream: OperatorStream },
     LayoutFile { layout: Layout },
-    Proven { connection: ConnectionId },
+    Judged { connection: ConnectionId, verdict: Verdict },
     ExpertLoad { reply: oneshot::Sender<ExpertLoad> },
     Describe { reply: oneshot::Sender<Value> },
 }
@@ -156,7 +156,9 @@ pub(crate) struct CoordinatorOptions {
     pub(crate) load_window: Duration,
     /// Whether the router takes requests, for the operator.
     pub(crate) readiness: Readiness,
-    /// The cluster's secret, shown to workers.
+    /// Width of the model's rows.
+    pub(crate) hidden: usize,
+    /// The cluster's secret, shown to workers and shards.
     pub(crate) secret: Option<ClusterSecret>,
     /// Where to count.
     pub(crate) metrics: RouterMetrics,
@@ -181,7 +183,7 @@ impl std::fmt::Debug for Command {
             Self::OperatorView { .. } => "OperatorView",
             Self::OperatorGone { .. } => "OperatorGone",
             Self::LayoutFile { .. } => "LayoutFile",
-            Self::Proven { .. } => "Proven",
+            Self::Judged { .. } => "Judged",
             Self::ExpertLoad { .. } => "ExpertLoad",
             Self::Describe { .. } => "Describe",
         })
@@ -195,21 +197,22 @@ impl Coordinator {
         let layouts = Layouts::new(planner, layout, placement_wait);
         let state =
             State::new(generation, layouts, options.lease, options.load_window).with_weights(options.weights);
-        Self::spawn_over(state, options.readiness, options.metrics, options.secret.as_ref())
+        let prover = |commands| Prover::new(options.secret.as_ref(), options.hidden, commands);
+        Self::spawn_over(state, options.readiness, options.metrics, prover)
     }
 
     fn spawn_over(
         mut state: State,
         readiness: Readiness,
         metrics: RouterMetrics,
-        secret: Option<&ClusterSecret>,
+        prover: impl FnOnce(mpsc::WeakSender<Command>) -> Prover,
     ) -> (Self, tokio::task::JoinHandle<()>) {
         // A plan that need not wait for anybody is there before anybody asks.
         state.advance(Instant::now());
         let (views_sender, views) = watch::channel(state.view().map(PublishedView::new));
         let (workers_sender, workers) = watch::channel(Arc::new(state.worker_table()));
         let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
-        let prover = Prover::new(secret, commands.downgrade());
+        let prover = prover(commands.downgrade());
         let owner = Owner::new(state, views_sender, workers_sender, readiness, metrics, prover);
         let task = tokio::spawn(owner.run(inbox));
         (Self { commands, views, workers }, task)

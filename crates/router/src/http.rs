@@ -10,6 +10,7 @@ mod completions;
 mod fields;
 mod logprobs;
 mod respond;
+mod unknown;
 mod unsupported;
 
 use std::{any::Any, error::Error, sync::Arc, time::Duration};
@@ -205,12 +206,22 @@ async fn receive(
     let bytes = tracked.note(read(&service.limits, &arrived.clock, body).await)?;
     let admitted = service.admit(arrived, bytes.len())?;
     let length = bytes.len();
-    let parse = move || read_fields(&mut Fields::parse(&bytes)?);
+    let parse = move || {
+        let mut fields = Fields::parse(&bytes)?;
+        let (submission, delivery) = read_fields(&mut fields)?;
+        Ok((submission, delivery, fields.ignored()?))
+    };
     let parsed = match length < LARGE_BODY {
         true => parse(),
         false => service.compute(&admitted.clock, "reading the request", length, move |_| parse()).await,
     };
-    let (submission, delivery) = tracked.note(parsed)?;
+    let (submission, delivery, ignored) = tracked.note(parsed)?;
+    for field in &ignored {
+        service.metrics.ignored_fields.inc();
+        if unknown::is_news(field) {
+            tracing::warn!(field, "a field of a request is not known here and ignored; said once");
+        }
+    }
     Ok((admitted, submission, delivery))
 }
 

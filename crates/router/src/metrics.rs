@@ -104,6 +104,18 @@ const MEMBERS_REFUSED: MetricSpec = MetricSpec {
         &["generation", "shard", "pod_gone", "stranger", "full", "digest", "malformed", "gone"],
     )],
 };
+const FAILED_PROOFS: MetricSpec = MetricSpec {
+    name: "cadre_router_failed_proofs",
+    kind: MetricKind::Gauge,
+    help: "Members that say they are ready and failed the step that the coordinator asked of them; no work goes to them.",
+    labels: &[],
+};
+const IGNORED_FIELDS: MetricSpec = MetricSpec {
+    name: "cadre_router_ignored_fields_total",
+    kind: MetricKind::Counter,
+    help: "Fields of HTTP requests that are not known here and were ignored; the log names each once.",
+    labels: &[],
+};
 const OLDEST_EPOCH: MetricSpec = MetricSpec {
     name: "cadre_router_oldest_epoch",
     kind: MetricKind::Gauge,
@@ -175,6 +187,8 @@ pub const CATALOG: &[MetricSpec] = &[
     NEXT_SHARDS,
     UNCOVERED,
     AT_RISK,
+    FAILED_PROOFS,
+    IGNORED_FIELDS,
     OPERATOR_VIEW_AGE,
     IMBALANCE,
 ];
@@ -227,6 +241,8 @@ pub struct RouterMetrics {
     pub(crate) next_shards: GaugeFamily,
     pub(crate) uncovered_experts: Gauge,
     pub(crate) at_risk_experts: Gauge,
+    pub(crate) failed_proofs: Gauge,
+    pub(crate) ignored_fields: Counter,
     pub(crate) operator_view_age: Gauge,
     pub(crate) imbalance: GaugeFamily,
 }
@@ -255,6 +271,8 @@ impl RouterMetrics {
             next_shards: metrics.gauges(&NEXT_SHARDS)?,
             uncovered_experts: metrics.gauge(&UNCOVERED)?,
             at_risk_experts: metrics.gauge(&AT_RISK)?,
+            failed_proofs: metrics.gauge(&FAILED_PROOFS)?,
+            ignored_fields: metrics.counter(&IGNORED_FIELDS)?,
             operator_view_age: metrics.gauge(&OPERATOR_VIEW_AGE)?,
             imbalance: metrics.gauges(&IMBALANCE)?,
         })

@@ -156,6 +156,7 @@ pub async fn serve(
     let planner = Planner::new(&options, &model.config)?;
     // A layout that cannot be planned is refused here and not when the last shard has come.
     planner.plan(layout, &[], PlacementEpoch(1))?;
+    let hidden = model.config.hidden_size;
     let (coordinator, owner) = Coordinator::spawn(CoordinatorOptions {
         generation: model.generation(),
         weights: model.weights.to_string(),
@@ -165,6 +166,7 @@ pub async fn serve(
         lease: options.lease,
         load_window: options.load_window,
         readiness: readiness.clone(),
+        hidden,
         secret: options.secret.clone(),
         metrics: router_metrics.clone(),
     });

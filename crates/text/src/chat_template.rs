@@ -297,7 +297,10 @@ fn environment() -> Result<Environment<'static>, TemplateError> {
     environment.set_unknown_method_callback(methods::call);
     filters::add_to(&mut environment);
     environment.add_filter("tojson", python_json::tojson);
-    environment.add_function("raise_exception", raise_exception);
+    environment.add_function("raise_exception", |state: &mut minijinja::State<'_, '_>, message: &Value| {
+        bounded::check(state, message)?;
+        raise_exception(message.to_string())
+    });
     environment.add_function("strftime_now", |format: &str| strftime::format(SystemTime::now(), format));
     Ok(environment)
 }

@@ -31,12 +31,14 @@ use crate::{
 };
 pub use agreement::{Survey, survey};
 use files::{Templates, TokenizerConfig};
-use pieces::Pieces;
+use pieces::{LONGEST_BYTES, Pieces};
 
 const TOKENIZER_FILE: &str = "tokenizer.json";
 const TIKTOKEN_FILE: &str = "tiktoken.model";
 const CONVERT: &str = "this checkpoint's tokenizer is tiktoken.model with Python code, which cadre does not \
      run: convert it to a tokenizer.json once (docs/checkpoint.md says how) and put that beside it";
+/// Why some texts have a limit of their own.
+const WHOLE: &str = "this tokenizer normalises, strips or looks behind, so a text is encoded whole";
 const SAME_CHECKPOINT: &str = "copy it unchanged from the checkpoint that the weights came from";
 
 /// A tokenizer with its special tokens and chat template. Immutable, `Send + Sync`; share it in an
@@ -134,8 +136,18 @@ impl Tokenizer {
             None => Err(TemplateError::Missing),
             Some(found) => usable(found, &config.special, &mut warnings),
         };
+        let pieces = Pieces::of(&bpe);
+        if pieces.is_none() {
+            warnings.push(Finding {
+                file: dir.join(TOKENIZER_FILE),
+                subject: "tokenizer".to_owned(),
+                expected: "one whose texts can be encoded in pieces".to_owned(),
+                found: WHOLE.to_owned(),
+                fix: "nothing: prompts of more than 1 MiB are refused, all others are served".to_owned(),
+            });
+        }
         let mut tokenizer = Self {
-            pieces: Pieces::of(&bpe),
+            pieces,
             bpe,
             vocabulary: Arc::new(vocabulary),
             special: config.special,
@@ -179,7 +191,8 @@ impl Tokenizer {
 
     /// As [`Self::encode`], for texts of strangers: piece by piece, so that it takes memory for one piece, ends
     /// soon after `stop` says so, and after the piece in which the text turns out to have `limit_tokens` or
-    /// more. A text of one piece is encoded to its end.
+    /// more. A text of one piece is encoded to its end. Where a tokenizer's texts cannot be cut, they are of one
+    /// piece, and longer ones than a MiB are refused.
     pub fn encode_within(
         &self,
         text: &str,
@@ -193,6 +206,10 @@ impl Tokenizer {
                 Ok(self.with_special(ids, add_special))
             }
             _ if stop() => Err(EncodeError::Stopped),
+            None if text.len() > LONGEST_BYTES => {
+                let reason = format!("{WHOLE}, at most {LONGEST_BYTES} bytes of it");
+                Err(EncodeError::Text(TextError::Encode { bytes: text.len(), reason }))
+            }
             _ => Ok(self.encode(text, add_special)?),
         }
     }

@@ -165,6 +165,8 @@ pub struct MemberStatus {
     pub stranger: Option<String>,
     /// What it computes on, as last reported; `None` before the device is open.
     pub device: Option<MemberDevice>,
+    /// What failed when the coordinator asked it for a real step; no work is routed to it until one has passed.
+    pub failed_proof: Option<String>,
 }
 
 /// The device that a member computes on. Its numerics class is that of the generation.

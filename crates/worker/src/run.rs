@@ -24,7 +24,7 @@ use cadre_dispatch::{
     Connect, DispatchConfig, DispatchHandle, Dispatcher, ExpertLoadWindow, GrpcConnector, IoThread,
     Membership, tuning,
 };
-use cadre_engine::{Engine, EngineHandle};
+use cadre_engine::{Engine, EngineHandle, MAX_KV_FRAME_BYTES};
 use cadre_scheduler::SchedulerConfig;
 use cadre_telemetry::{Metrics, Readiness, admin, axum};
 use cadre_types::{ClusterView, Generation, MemberState, PlacementEpoch, Role, advertised};
@@ -170,7 +170,8 @@ impl Worker {
         health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing).await;
         let (close_server, closed) = oneshot::channel::<()>();
         let services = Routes::new(health_service).add_service(service.clone().into_server());
-        let server = tokio::spawn(tuning::serve("worker", grpc, services, async move {
+        let intake = tuning::worker_intake(checkpoint.config().max_position_embeddings, MAX_KV_FRAME_BYTES);
+        let server = tokio::spawn(tuning::serve("worker", grpc, services, intake, async move {
             // Resolves on the signal and when the worker is dropped.
             let _ = closed.await;
         }));

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use cadre_engine::EngineHandle;
+use cadre_engine::{EngineHandle, KV_ROOM_BYTES, KvRoom};
 use cadre_proto::{
     convert::required,
     secret::{Admit, ClusterSecret},
@@ -61,6 +61,8 @@ struct Shared {
     draining: AtomicBool,
     calls: Arc<AtomicU64>,
     peers: peers::Peers,
+    /// For the rows of all hand-offs that come.
+    incoming_room: KvRoom,
 }
 
 /// A call that has been accepted and has not ended.
@@ -83,6 +85,7 @@ impl WorkerService {
             draining: AtomicBool::new(false),
             calls: Arc::default(),
             peers,
+            incoming_room: KvRoom::new(KV_ROOM_BYTES),
         };
         Self { shared: Arc::new(shared) }
     }

@@ -1,6 +1,6 @@
 //! Damaged copies of the bundled checkpoint.
 
-use std::{fs, path::Path};
+use std::{fs, os::unix::fs::FileExt, path::Path};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -49,7 +49,7 @@ pub fn edit_header(folder: &Path, file: &str, edit: impl FnOnce(&mut Value)) {
     fs::write(&path, out).expect(file);
 }
 
-/// Overwrites the first bytes of a tensor, wherever it lies.
+/// Overwrites the first bytes of a tensor, wherever it lies, in place: processes that have mapped the file go on.
 pub fn overwrite(folder: &Path, tensor: &str, bytes: &[u8]) {
     let index: Value = serde_json::from_str(
         &fs::read_to_string(folder.join("model.safetensors.index.json")).expect("the index"),
@@ -57,11 +57,11 @@ pub fn overwrite(folder: &Path, tensor: &str, bytes: &[u8]) {
     .expect("the index");
     let file = index["weight_map"][tensor].as_str().unwrap_or_else(|| panic!("no tensor {tensor}"));
     let path = folder.join(file);
-    let mut content = fs::read(&path).expect(file);
+    let content = fs::read(&path).expect(file);
     let header_bytes = u64::from_le_bytes(content[..8].try_into().expect("eight bytes")) as usize;
     let header: Value = serde_json::from_slice(&content[8..8 + header_bytes]).expect("a header");
     let offset = header[tensor]["data_offsets"][0].as_u64().expect("an offset") as usize;
     let at = 8 + header_bytes + offset;
-    content[at..at + bytes.len()].copy_from_slice(bytes);
-    fs::write(&path, content).expect(file);
+    let open = fs::OpenOptions::new().write(true).open(&path).expect(file);
+    open.write_all_at(bytes, at as u64).expect(file);
 }

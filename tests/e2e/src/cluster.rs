@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     io::{BufRead, BufReader, Read},
+    path::Path,
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
@@ -63,7 +64,11 @@ pub struct Member {
 impl Cluster {
     /// Starts a cluster of the bundled checkpoint on free ports and waits until it is ready.
     pub fn start(args: &[&str]) -> Self {
-        let model = pocket();
+        Self::start_over(&pocket(), args)
+    }
+
+    /// The same over another checkpoint.
+    pub fn start_over(model: &Path, args: &[&str]) -> Self {
         let model = model.to_str().expect("the repository's path is UTF-8");
         let cluster = Self::spawn(&[&["--model", model], args].concat());
         cluster.event("ready", "the cluster is ready", |event| event["event"] == "ready");

@@ -78,6 +78,11 @@ impl RoleProcess {
         wait::until(&format!("{} ends", self.name), || self.child.try_wait().expect("our child"))
     }
 
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("our child").is_some()
+    }
+
     /// What it has logged.
     pub fn log(&self) -> String {
         fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()

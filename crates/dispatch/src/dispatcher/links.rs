@@ -11,7 +11,7 @@ use super::{mailbox::Mailbox, step::InFlight};
 use crate::{
     frame::{DispatchFrame, LinkError},
     health::{Failure, HealthPolicy, Peers, Sample, ShardHealth},
-    stats::{DispatchStats, ShardStats, add},
+    stats::{DispatchStats, ShardFault, ShardStats, add},
     transport::{Connect, Reply},
 };
 
@@ -32,7 +32,7 @@ pub(super) struct Links {
     /// Probes that are out, and since when: at most one per shard.
     probes: Vec<(u64, ShardIndex, Instant)>,
     /// Experts whose rows were not finite, by shard: probed with a row of ones until that comes back finite.
-    suspects: Vec<(ShardIndex, LayerId, LogicalExpert)>,
+    suspects: Vec<ShardFault>,
 }
 
 impl Links {
@@ -120,6 +120,13 @@ impl Links {
                 of_shard.push(Listed { address: &member.address, ready: member.state == MemberState::Ready });
             }
         }
+        // What was wrong with a process that is gone says nothing about its successor.
+        self.keep_suspects(|suspect| {
+            let listed = listed.get(suspect.shard.index());
+            listed.is_some_and(|of_shard| {
+                of_shard.is_empty() || of_shard.iter().any(|member| member.address == suspect.address)
+            })
+        });
         for (index, listed) in listed.iter().enumerate() {
             let shard = ShardIndex(index as u16);
             if listed.is_empty() {
@@ -285,20 +292,32 @@ impl Links {
 
     /// An expert of a shard answered rows that are not finite.
     pub(super) fn suspect(&mut self, shard: ShardIndex, layer: LayerId, expert: LogicalExpert) {
-        self.clear(shard);
-        self.suspects.push((shard, layer, expert));
+        let link = self.links.get(shard.index()).and_then(Option::as_ref);
+        let address = link.and_then(Link::address).unwrap_or_default().to_owned();
+        self.suspects.retain(|suspect| suspect.shard != shard);
+        self.suspects.push(ShardFault { shard, address, layer, expert });
+        self.stats.set_faults(self.suspects.clone());
     }
 
     /// The expert, and its slot under the placement in force, that a probe of this shard must prove.
     pub(super) fn suspected(&self, shard: ShardIndex) -> Option<(LayerId, u32)> {
-        let (_, layer, expert) = *self.suspects.iter().find(|(suspect, ..)| *suspect == shard)?;
+        let &ShardFault { layer, expert, .. } =
+            self.suspects.iter().find(|suspect| suspect.shard == shard)?;
         let replicas = self.view.as_ref()?.placement.replicas(layer, expert);
         let slot = replicas.iter().find(|replica| replica.shard == shard)?.slot;
         Some((layer, u32::from(slot.0)))
     }
 
     fn clear(&mut self, shard: ShardIndex) {
-        self.suspects.retain(|(suspect, ..)| *suspect != shard);
+        self.keep_suspects(|suspect| suspect.shard != shard);
+    }
+
+    fn keep_suspects(&mut self, keep: impl Fn(&ShardFault) -> bool) {
+        let before = self.suspects.len();
+        self.suspects.retain(keep);
+        if self.suspects.len() < before {
+            self.stats.set_faults(self.suspects.clone());
+        }
     }
 
     /// A shard is not to blame for what it was taken out for.
@@ -377,3 +396,6 @@ impl Links {
         probes.filter_map(|(_, health)| health.next_probe()).min()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -27,6 +27,8 @@ pub(super) struct Speed {
     /// Seconds of computation and tokens, both decayed: their ratio is the service time of a token.
     compute: f64,
     tokens: f64,
+    /// Seconds that a frame took longer than its tokens need: the worst one, fading.
+    worst: f64,
     at: Instant,
 }
 
@@ -36,13 +38,17 @@ impl Speed {
         let at_shard = sample.queue + sample.compute;
         let latency = sample.round_trip.saturating_sub(at_shard).as_secs_f64();
         let (compute, tokens) = (sample.compute.as_secs_f64(), sample.tokens as f64);
-        let Some(before) = before else { return Self { latency, compute, tokens, at: now } };
+        let Some(before) = before else { return Self { latency, compute, tokens, worst: latency, at: now } };
+        let delay = sample.round_trip.as_secs_f64() - before.service() * tokens;
+        let age = now.saturating_duration_since(before.at).as_secs_f64();
+        let remembered = (-age / policy.hiccup_decay.as_secs_f64()).exp();
         // A sample weighs a tenth at least, however quickly they come.
         let keep = before.fresh(policy, now).min(0.9);
         Self {
             latency: before.latency * keep + latency * (1.0 - keep),
             compute: before.compute * keep + compute,
             tokens: before.tokens * keep + tokens,
+            worst: delay.max(before.worst * remembered),
             at: now,
         }
     }
@@ -65,6 +71,8 @@ pub struct Peers {
     latency: f64,
     /// Seconds per token.
     service: f64,
+    /// Seconds that a frame is late at worst.
+    worst: f64,
 }
 
 impl Peers {
@@ -79,14 +87,20 @@ impl Peers {
             values.sort_unstable_by(f64::total_cmp);
             values[(values.len() - 1) / 2]
         };
-        Some(Self { latency: lower_median(|speed| speed.latency), service: lower_median(Speed::service) })
+        Some(Self {
+            latency: lower_median(|speed| speed.latency),
+            service: lower_median(Speed::service),
+            worst: lower_median(|speed| speed.worst),
+        })
     }
 
     /// After how long an answer is slow that waits for so many tokens.
     pub fn slow_after(&self, policy: &HealthPolicy, tokens: u64) -> Duration {
-        let usual = self.latency + self.service * tokens as f64;
         // An hour is beyond every bound on a frame and far from overflow.
-        let usual = Duration::from_secs_f64(usual.clamp(0.0, 3600.0));
-        usual.saturating_mul(policy.slow_factor).max(policy.slow_floor)
+        let seconds = |seconds: f64| Duration::from_secs_f64(seconds.clamp(0.0, 3600.0));
+        let work = self.service * tokens as f64;
+        let usual = seconds(self.latency + work).saturating_mul(policy.slow_factor);
+        let hiccups = seconds(self.worst).saturating_mul(policy.slow_hiccups) + seconds(work);
+        usual.max(hiccups).max(policy.slow_floor)
     }
 }

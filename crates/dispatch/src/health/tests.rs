@@ -161,6 +161,46 @@ fn slow_is_many_times_what_peers_take_for_as_much_work() {
     assert_eq!(Peers::of(&quick.health).unwrap().slow_after(&policy, 1), policy.slow_floor);
 }
 
+/// Steps of 20 ms in which every shard answers a frame, each one late now and then.
+fn busy(shards: usize, late: Duration) -> Bench {
+    let mut bench = Bench::new(shards);
+    for step in 0..60 {
+        for shard in 0..shards {
+            let held_up = (step + 3 * shard) % 12 == 0;
+            bench.computed(shard, if held_up { late } else { Duration::from_micros(300) }, 0);
+        }
+        bench.now += millis(20);
+    }
+    bench
+}
+
+#[test]
+fn on_a_machine_whose_cores_are_all_busy_a_late_frame_is_not_slow() {
+    let policy = HealthPolicy::default();
+    let bound = |bench: &Bench| Peers::of(&bench.health).unwrap().slow_after(&policy, 8);
+    let idle = busy(4, Duration::from_micros(500));
+    assert_eq!(bound(&idle), policy.slow_floor, "where nobody is late, a time slice or two is slow");
+    for late in [millis(8), millis(15), millis(40)] {
+        let busy = busy(4, late);
+        assert!(bound(&busy) > late + late / 2, "{late:?} is usual here, slow is {:?}", bound(&busy));
+    }
+    // What stops for 60 ms of 75 among shards that are late by 15 ms is many times slower than they are.
+    let mut bench = busy(4, millis(15));
+    for _ in 0..60 {
+        bench.computed(0, millis(60), 0);
+        bench.now += millis(1);
+    }
+    assert!(bound(&bench) < millis(60), "{:?}", bound(&bench));
+    // All of them are: then it is the machine.
+    let all = busy(4, millis(60));
+    assert!(bound(&all) > millis(60));
+    // And it is forgotten.
+    let mut calm = busy(4, millis(40));
+    calm.now += policy.hiccup_decay * 5;
+    (0..4).for_each(|shard| calm.computed(shard, Duration::from_micros(300), 0));
+    assert_eq!(bound(&calm), policy.slow_floor);
+}
+
 #[test]
 fn a_slow_shard_gets_only_what_nobody_else_has_until_it_proves_itself() {
     let mut bench = Bench::new(2);

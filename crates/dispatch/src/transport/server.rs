@@ -23,6 +23,7 @@ use std::{
 
 use cadre_ops::RowFormat;
 use cadre_proto::{MAX_MESSAGE_BYTES, v1};
+use cadre_types::NumericsClass;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::Stream;
@@ -31,6 +32,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{AnswerSink, MAX_LINK_FRAMES, Reply, ShardService};
 use crate::{
     frame::{Answer, DispatchFrame, MAX_FRAME_BYTES, Refusal, RefusalCode},
+    plan::FrameLimits,
     wire,
 };
 
@@ -49,6 +51,15 @@ pub struct Limits {
     /// A stream of which no waiting answer was taken for this long ends. Twice the bound on a frame: nobody waits for
     /// these answers any more.
     pub unread: Duration,
+}
+
+impl Limits {
+    /// Those of a model that sends each token to so many experts: no more than its largest frame and answer take.
+    pub fn of_model(numerics: NumericsClass, hidden: usize, experts_per_token: usize) -> Self {
+        let frame = FrameLimits::of(RowFormat::dispatch(numerics), RowFormat::combine(numerics), hidden);
+        let stream_bytes = frame.largest_frame() + frame.largest_answer(experts_per_token);
+        Self { stream_bytes, process_bytes: 4 * stream_bytes, ..Self::default() }
+    }
 }
 
 impl Default for Limits {

@@ -411,6 +411,26 @@ pub(crate) fn without_a_copy_the_error_names_what_is_missing<R: Rig>() {
     assert!(handle.stats().uncovered.load(Ordering::Relaxed) > 0);
 }
 
+/// The bound counts from the step's first failure. Were it counted anew whenever a probe brings a copy back, this would
+/// end when the shards have refused often enough, and then well.
+pub(crate) fn a_step_that_always_finds_a_copy_to_fail_on_ends_within_the_bound<R: Rig>() {
+    let cluster = two_copies::<R>();
+    let mut config = patient();
+    config.uncovered_wait = Duration::from_millis(500);
+    config.health.max_probe = Duration::from_millis(20);
+    let mut dispatcher = cluster.dispatcher(config);
+    for shard in &cluster.shards {
+        shard.set(Mode::Refuse(RefusalCode::Overloaded, 5000));
+    }
+    let error = Batch::f32(8).fail(&mut dispatcher);
+    let ExchangeError::Uncovered { waited_ms, causes, .. } = &error else { panic!("{error}") };
+    assert!(*waited_ms >= 500, "{error}");
+    // What failed first comes first; then what each copy is like now.
+    assert!(causes.split("; ").next().is_some_and(|first| first.contains("says no")), "{causes}");
+    let frames: usize = cluster.shards.iter().map(|shard| shard.frames()).sum();
+    assert!(frames > 4, "copies were tried again and again: {frames} frames");
+}
+
 pub(crate) fn late_answers_of_frames_sent_elsewhere_are_ignored<R: Rig>() {
     let cluster = two_copies::<R>();
     let mut dispatcher = cluster.dispatcher(quick());

@@ -49,6 +49,7 @@ conformance! {
     another_model_is_refused_by_name,
     another_epoch_waits_for_the_next_view,
     a_bug_of_ours_is_not_retried,
+    a_step_that_always_finds_a_copy_to_fail_on_ends_within_the_bound,
     a_batch_that_does_not_fit_is_refused_before_it_is_sent,
     without_a_view_there_is_no_placement,
     closing_ends_a_wait,

@@ -11,7 +11,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use cadre_model::{ModelError, StepObserver};
 use cadre_ops::{Backend, OpsError};
 use cadre_scheduler::StepPlan;
@@ -21,7 +20,7 @@ use tokio::sync::mpsc;
 use crate::{
     error::{EngineError, HandoffError},
     handle::KvShape,
-    handoff::{KvFinish, KvMessage, KvRows, rows_per_message},
+    handoff::{Held, KvFinish, KvMessage, KvRoom, KvRows, rows_per_message},
     stats::{EngineStats, add},
 };
 
@@ -30,6 +29,7 @@ use super::{Entry, Part, StepLoop};
 /// The outgoing side of one sequence.
 pub(super) struct Outgoing<B: Backend> {
     sink: mpsc::Sender<KvMessage>,
+    room: KvRoom,
     /// Copies under way, oldest first; each has its place in the channel, so there are never more than
     /// [`KV_QUEUE`](crate::handoff::KV_QUEUE).
     copies: VecDeque<RowCopy<B>>,
@@ -53,6 +53,7 @@ struct RowCopy<B: Backend> {
     first_position: Position,
     count: u32,
     memory: B::Staging,
+    held: Held,
     done: B::Event,
 }
 
@@ -64,9 +65,10 @@ pub(super) struct CacheReader<'a, B: Backend> {
 }
 
 impl<B: Backend> Outgoing<B> {
-    pub(super) fn new(sink: mpsc::Sender<KvMessage>, shape: KvShape, prompt: usize) -> Self {
+    pub(super) fn new(sink: mpsc::Sender<KvMessage>, room: KvRoom, shape: KvShape, prompt: usize) -> Self {
         Self {
             sink,
+            room,
             copies: VecDeque::new(),
             prompt: Position::try_from(prompt).unwrap_or(Position::MAX),
             row_bytes: shape.row_bytes(),
@@ -102,9 +104,13 @@ impl<B: Backend> Outgoing<B> {
                     return Err(HandoffError::Aborted { rows: self.rows });
                 }
             };
-            self.full_since = None;
             let first = self.sent[layer];
             let count = (self.available[layer] - first).min(rows_per_message(self.row_bytes));
+            let Some(held) = self.hold(count as usize * self.row_bytes) else {
+                self.full_since.get_or_insert_with(Instant::now);
+                break;
+            };
+            self.full_since = None;
             let copied = reader.copy(layer, table, first, count as usize, self.row_bytes);
             let layer_id = layer_id(layer);
             let (memory, done) = copied.map_err(|source| HandoffError::Cache { layer: layer_id, source })?;
@@ -114,6 +120,7 @@ impl<B: Backend> Outgoing<B> {
                 first_position: first,
                 count,
                 memory,
+                held,
                 done,
             });
             bytes += u64::from(count) * self.row_bytes as u64;
@@ -124,6 +131,13 @@ impl<B: Backend> Outgoing<B> {
         Ok(bytes)
     }
 
+    /// Room for rows. A hand-off that has nothing under way gets it in any case.
+    fn hold(&self, bytes: usize) -> Option<Held> {
+        // One place is the one just reserved.
+        let is_idle = self.copies.is_empty() && self.sink.capacity() + 1 >= self.sink.max_capacity();
+        self.room.try_take(bytes).or_else(|| is_idle.then(Held::outside))
+    }
+
     /// Sends what the device has copied.
     fn send_copied(&mut self, backend: &B) -> Result<(), HandoffError> {
         while let Some(copy) = self.copies.front() {
@@ -132,9 +146,10 @@ impl<B: Backend> Outgoing<B> {
             if !done.map_err(|source| HandoffError::Cache { layer, source })? {
                 break;
             }
-            if let Some(RowCopy { place, layer, first_position, count, memory, .. }) = self.copies.pop_front()
+            if let Some(RowCopy { place, layer, first_position, count, memory, held, .. }) =
+                self.copies.pop_front()
             {
-                let rows = Bytes::from_owner(memory);
+                let rows = held.over(memory);
                 place.send(KvMessage::Rows(KvRows { layer, first_position, count, rows }));
             }
         }

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use cadre_dispatch::{IoThread, tuning};
+use cadre_net::IntakeOptions;
 use cadre_shard::AnyShard;
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 use tonic::service::Routes;
@@ -25,6 +26,7 @@ impl GrpcServer {
         io: IoThread,
         services: Routes,
         listener: TcpListener,
+        intake: IntakeOptions,
         shard: Arc<dyn AnyShard>,
     ) -> Result<Self> {
         // A socket belongs to the runtime in which it was made; this one has been bound before.
@@ -42,7 +44,7 @@ impl GrpcServer {
                 // Resolves on the signal and when the shard is dropped.
                 let _ = closed.await;
             };
-            tuning::serve("shard", listener, services, until).await;
+            tuning::serve("shard", listener, services, intake, until).await;
         });
         Ok(Self { task, close: Some(close), shard, _io: io })
     }

@@ -150,6 +150,7 @@ impl From<&t::CoordinatorStatus> for v1::CoordinatorStatus {
             sequences: member.sequences,
             stranger: member.stranger.clone().unwrap_or_default(),
             device: member.device.clone().map(v1::MemberDevice::from),
+            failed_proof: member.failed_proof.clone().unwrap_or_default(),
         });
         let next = status.next.as_ref().map(|next| v1::NextLayout {
             layout: Some(next.layout.into()),
@@ -181,6 +182,7 @@ impl TryFrom<&v1::CoordinatorStatus> for t::CoordinatorStatus {
                 sequences: status.sequences,
                 stranger: Some(status.stranger.clone()).filter(|why| !why.is_empty()),
                 device: status.device.clone().map(t::MemberDevice::from),
+                failed_proof: Some(status.failed_proof.clone()).filter(|what| !what.is_empty()),
             })
         };
         let next = |next: &v1::NextLayout| {

@@ -1931,6 +1931,10 @@ pub struct Report {
     /// (`files`, `random:1 with n_routed_experts=16`): what a refusal of another model names.
     #[prost(string, tag = "13")]
     pub weights: ::prost::alloc::string::String,
+    /// Workers: shards that they have taken out because a row was not finite, until their own probe comes back
+    /// finite. The coordinator asks such a shard itself; a worker's word alone takes nothing from a cluster.
+    #[prost(message, repeated, tag = "14")]
+    pub faults: ::prost::alloc::vec::Vec<ShardFault>,
 }
 /// The device of a member. Its numerics class is that of the generation, the same in every member.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1950,6 +1954,18 @@ pub struct MemberDevice {
     /// Bytes that there are (of a container, its limit); 0 if nobody can say.
     #[prost(uint64, tag = "5")]
     pub memory_total: u64,
+}
+/// A shard at an address, and the expert whose row was not finite.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ShardFault {
+    #[prost(uint32, tag = "1")]
+    pub shard: u32,
+    #[prost(string, tag = "2")]
+    pub address: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub layer: u32,
+    #[prost(uint32, tag = "4")]
+    pub expert: u32,
 }
 /// XXH3-64 over an expert's gate, up and down matrices, each followed by its scales if it has any, in the
 /// checkpoint's own bytes.
@@ -2116,6 +2132,10 @@ pub struct MemberStatus {
     /// As last reported; absent before the member's device is open.
     #[prost(message, optional, tag = "7")]
     pub device: ::core::option::Option<MemberDevice>,
+    /// What failed when the coordinator asked it for a real step, after which no work is routed to it until one
+    /// has passed; empty if none has failed.
+    #[prost(string, tag = "8")]
+    pub failed_proof: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Coverage {

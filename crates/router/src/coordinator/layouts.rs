@@ -51,7 +51,7 @@ pub(super) struct Stamp {
 }
 
 impl Stamp {
-    fn of(placement: &Placement) -> Self {
+    pub(super) fn of(placement: &Placement) -> Self {
         Self { epoch: placement.epoch(), digest: placement.digest() }
     }
 }

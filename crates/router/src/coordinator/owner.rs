@@ -17,7 +17,7 @@ use tonic::Status;
 use super::{
     Command, Joined, NO_PLACEMENT, Operating, OperatorStream, PublishedView, WorkerTable,
     layouts::Change,
-    proof::Prover,
+    proof::{Prover, Verdict},
     report::MemberReport,
     state::{ConnectionId, Effect, Loss, Refusal, State},
     uncovered,
@@ -96,7 +96,7 @@ impl Owner {
                 _ = imbalance.tick() => self.measure(),
             }
             self.advance();
-            self.prover.follow(self.state.unproven(), self.state.generation());
+            self.prover.follow(self.state.questions(Instant::now()));
         }
     }
 
@@ -136,15 +136,26 @@ impl Owner {
                 Some(_) => tracing::info!(?layout, "layout file changed; the operator's view counts"),
                 None => self.state.want(layout),
             },
-            Command::Proven { connection } => {
-                if let Some(member) = self.state.proven(connection) {
-                    tracing::info!(id = %member, "the worker has done a step; work is routed to it");
-                    self.publish(Effect::View);
-                }
-            }
+            Command::Judged { connection, verdict } => self.judge(now, connection, verdict),
             // A receiver that is gone does not want the answer any more.
             Command::ExpertLoad { reply } => drop(reply.send(self.state.expert_load(now))),
             Command::Describe { reply } => drop(reply.send(self.describe())),
+        }
+    }
+
+    /// A member has answered our question, or has not.
+    fn judge(&mut self, now: Instant, connection: ConnectionId, verdict: Verdict) {
+        self.prover.answered(connection);
+        match self.state.judge(now, connection, verdict) {
+            None => {}
+            Some((member, None)) => {
+                tracing::info!(id = %member, "the member has done a step; work is routed to it");
+                self.publish(Effect::View);
+            }
+            Some((member, Some(failed))) => {
+                tracing::warn!(id = %member, failed, "no work is routed to a member that says it is ready");
+                self.publish(Effect::View);
+            }
         }
     }
 
@@ -296,6 +307,7 @@ impl Owner {
         let coverage = self.state.coverage();
         self.metrics.uncovered_experts.set(coverage.uncovered as f64);
         self.metrics.at_risk_experts.set(coverage.at_risk as f64);
+        self.metrics.failed_proofs.set(self.state.failed_proofs() as f64);
         self.views.send_replace(self.state.view().map(PublishedView::new));
     }
 
@@ -339,6 +351,7 @@ impl Owner {
                 json!({
                     "id": member.id, "role": role, "shard": shard, "state": state,
                     "address": member.address,
+                    "failed_proof": self.state.failed_proof(&member.id),
                     "loading": self.state.loading(&member.id).map(|loading| json!({
                         "bytes_read": loading.bytes_read, "bytes_expected": loading.bytes_expected,
                     })),

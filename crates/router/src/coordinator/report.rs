@@ -6,7 +6,7 @@ use cadre_proto::{
 };
 use cadre_types::{
     Generation, HostPort, LayerId, LoadProgress, LogicalExpert, Member, MemberDevice, Placement,
-    PlacementEpoch,
+    PlacementEpoch, ShardIndex,
 };
 
 use super::{WorkerLoad, digests::ReportedDigests, layouts::Stamp};
@@ -45,6 +45,17 @@ pub(super) struct MemberReport {
     pub(super) expert_load: Vec<(LayerId, Vec<u64>)>,
     /// What it has read from the checkpoint, where the report says.
     pub(super) digests: ReportedDigests,
+    /// Shards whose rows were not finite, by a worker's word.
+    pub(super) faults: Vec<ReportedFault>,
+}
+
+/// What a worker says of a shard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ReportedFault {
+    pub(super) shard: ShardIndex,
+    pub(super) address: String,
+    pub(super) layer: LayerId,
+    pub(super) expert: LogicalExpert,
 }
 
 impl MemberReport {
@@ -52,6 +63,32 @@ impl MemberReport {
     pub(super) fn applied(&self) -> Stamp {
         Stamp { epoch: self.generation.epoch, digest: self.placement_digest }
     }
+}
+
+/// Faults, of which a shard has one.
+fn faults(wire: Vec<v1::ShardFault>) -> Result<Vec<ReportedFault>, ConvertError> {
+    let invalid = |problem: String| ConvertError::Invalid { field: "report.faults", problem };
+    if wire.len() > usize::from(u16::MAX) {
+        return Err(invalid(format!("{} of them, there are not as many shards", wire.len())));
+    }
+    let narrow = |what: &str, value: u32| {
+        u16::try_from(value).map_err(|_| invalid(format!("{what} {value} is out of range")))
+    };
+    let fault = |fault: v1::ShardFault| {
+        if fault.address.len() > MAX_NAME_BYTES {
+            return Err(invalid(format!(
+                "an address of {} bytes, at most {MAX_NAME_BYTES}",
+                fault.address.len()
+            )));
+        }
+        Ok(ReportedFault {
+            shard: ShardIndex(narrow("shard", fault.shard)?),
+            layer: LayerId(narrow("layer", fault.layer)?),
+            expert: LogicalExpert(narrow("expert", fault.expert)?),
+            address: fault.address,
+        })
+    };
+    wire.into_iter().map(fault).collect()
 }
 
 impl TryFrom<v1::Report> for MemberReport {
@@ -120,6 +157,7 @@ impl TryFrom<v1::Report> for MemberReport {
                 experts: digests(&wire.expert_digests)?,
                 weights: Some(wire.weights_digest).filter(|digest| *digest != 0),
             },
+            faults: faults(wire.faults)?,
         })
     }
 }

@@ -2,14 +2,15 @@
 //! out, so every rule is tested without a socket.
 
 mod admission;
+mod proofs;
 mod told;
 
 use std::{collections::BTreeMap, time::Duration};
 
 use cadre_placement::ExpertLoad;
 use cadre_types::{
-    Generation, LoadProgress, Member, MemberDevice, MemberId, MemberState, OperatorView, Placement,
-    PlacementEpoch, PodRef, Role,
+    Generation, LoadProgress, Member, MemberDevice, MemberId, OperatorView, Placement, PlacementEpoch,
+    PodRef, Role,
 };
 use tokio::{sync::oneshot, time::Instant};
 use tonic::Status;
@@ -24,6 +25,7 @@ use super::{
 };
 pub(super) use admission::Refusal;
 use admission::unchanged;
+use proofs::Proof;
 
 /// One Watch stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -104,8 +106,7 @@ struct Registered {
     device: Option<MemberDevice>,
     applied: Stamp,
     prepared: Stamp,
-    /// A step is still to be asked of it before it is shown as ready.
-    must_prove: bool,
+    proof: Proof,
     /// Number of the last report.
     report: u64,
     since: Instant,
@@ -183,6 +184,7 @@ impl State {
         }
         self.count(now, &report)?;
         self.digests.note(&report.member.id, &report.digests);
+        self.doubt(&report.faults);
         self.connections += 1;
         self.reports += 1;
         let connection = ConnectionId(self.connections);
@@ -190,7 +192,7 @@ impl State {
             connection,
             applied: report.applied(),
             prepared: report.prepared,
-            must_prove: self.pods.is_attached() && matches!(report.member.role, Role::Decode | Role::Both),
+            proof: Proof::of_new(self.pods.is_attached()),
             member: report.member.clone(),
             load: report.load,
             loading: report.loading,
@@ -224,6 +226,7 @@ impl State {
         self.count(now, &report)?;
         self.digests.note(&id, &report.digests);
         let adopted = self.adopt(now, &report);
+        self.doubt(&report.faults);
         self.reports += 1;
         let known = self.members.get_mut(&id).ok_or(Refusal::Gone)?;
         let new_state = known.member.state != report.member.state;
@@ -266,7 +269,11 @@ impl State {
     /// whose pods do not.
     pub(super) fn operate(&mut self, now: Instant, view: &OperatorView) -> Vec<Loss> {
         self.layouts.want(view.layout);
+        let was_attached = self.pods.is_attached();
         self.pods.take(now, view);
+        if self.pods.is_attached() && !was_attached {
+            self.ask_those_before();
+        }
         let gone = self.connections_of(|known| self.pods.removes(&known.member, known.since));
         gone.into_iter()
             .filter_map(|connection| {
@@ -299,7 +306,7 @@ impl State {
     /// When something happens without a report: the next lease runs out, or placements go on.
     pub(super) fn next_expiry(&self, now: Instant) -> Option<Instant> {
         let lease = self.members.values().map(|known| known.expires).min();
-        [lease, self.layouts.wake(now)].into_iter().flatten().min()
+        [lease, self.layouts.wake(now), self.next_question(now)].into_iter().flatten().min()
     }
 
     pub(super) fn layouts(&self) -> &Layouts {
@@ -326,19 +333,6 @@ impl State {
     /// When the operator's last view came.
     pub(super) fn operator_seen(&self) -> Option<Instant> {
         self.pods.received()
-    }
-
-    pub(super) fn unproven(&self) -> Vec<(ConnectionId, Member)> {
-        let unproven = |known: &&Registered| known.must_prove && known.member.state == MemberState::Ready;
-        let unproven = self.members.values().filter(unproven);
-        unproven.map(|known| (known.connection, known.member.clone())).collect()
-    }
-
-    /// A worker has done its step. Its id, if it is still there.
-    pub(super) fn proven(&mut self, connection: ConnectionId) -> Option<MemberId> {
-        let known = self.members.values_mut().find(|known| known.connection == connection)?;
-        known.must_prove = false;
-        Some(known.member.id.clone())
     }
 
     fn connections_of(&self, wanted: impl Fn(&Registered) -> bool) -> Vec<ConnectionId> {

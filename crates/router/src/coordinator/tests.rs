@@ -12,11 +12,16 @@ use super::{
     digests::ReportedDigests,
     layouts::Stamp,
     owner::{IMBALANCE_INTERVAL, STATUS_INTERVAL},
+    proof::{Step, Verdict},
+    report::ReportedFault,
     state::{Effect, Refusal},
     *,
 };
 
 const LEASE: Duration = Duration::from_secs(3);
+
+/// Width of rows.
+const HIDDEN: usize = 4;
 
 fn generation(epoch: u64) -> Generation {
     Generation { model: ModelHash([7; 16]), numerics: NumericsClass::Bf16, epoch: PlacementEpoch(epoch) }
@@ -42,6 +47,7 @@ fn report(id: &str, role: Role, state: MemberState) -> MemberReport {
         weights: String::new(),
         expert_load: Vec::new(),
         digests: ReportedDigests::default(),
+        faults: Vec::new(),
     }
 }
 
@@ -236,12 +242,16 @@ fn coverage_counts_ready_shards_only_and_names_the_expert() {
 
 // --- the owner task --------------------------------------------------------------------------------
 
+fn prover(commands: mpsc::WeakSender<Command>) -> Prover {
+    Prover::new(None, HIDDEN, commands)
+}
+
 fn coordinator() -> Coordinator {
     spawn(RouterMetrics::register(&Metrics::new()).unwrap()).0
 }
 
 fn spawn(metrics: RouterMetrics) -> (Coordinator, tokio::task::JoinHandle<()>) {
-    Coordinator::spawn_over(state(), Readiness::new(&[("accepting", "not yet")]), metrics, None)
+    Coordinator::spawn_over(state(), Readiness::new(&[("accepting", "not yet")]), metrics, prover)
 }
 
 async fn register(coordinator: &Coordinator, report: MemberReport) -> Joined {
@@ -466,7 +476,7 @@ async fn a_worker_that_an_operator_sees_is_routable_after_a_step_that_we_asked_f
     let forever = Duration::from_secs(3600);
     let state = State::new(generation(0), layouts, forever, forever);
     let metrics = RouterMetrics::register(&Metrics::new()).unwrap();
-    let (coordinator, _owner) = Coordinator::spawn_over(state, Readiness::new(&[]), metrics, None);
+    let (coordinator, _owner) = Coordinator::spawn_over(state, Readiness::new(&[]), metrics, prover);
     let _operating = operate(&coordinator, operator_view(2, &[("w", "a")])).await;
     let mut ready = in_pod(report("w", Role::Both, MemberState::Ready), "w");
     ready.member.address = address;
@@ -482,6 +492,206 @@ async fn a_worker_that_an_operator_sees_is_routable_after_a_step_that_we_asked_f
     worker.tokens.store(1, std::sync::atomic::Ordering::SeqCst);
     let proven = workers.wait_for(|table| table.workers[0].member.state == MemberState::Ready);
     tokio::time::timeout(Duration::from_secs(60), proven).await.unwrap().unwrap();
+}
+
+/// A shard that holds the placement in force.
+fn proven(index: u16) -> MemberReport {
+    let mut report = shard(index, MemberState::Ready);
+    (report.generation.epoch, report.placement_digest) = (PlacementEpoch(1), placement().digest());
+    report
+}
+
+fn accusing(id: &str, of: u16) -> MemberReport {
+    let mut worker = report(id, Role::Both, MemberState::Ready);
+    let address = shard(of, MemberState::Ready).member.address;
+    let (shard, layer, expert) = (ShardIndex(of), LayerId(1), LogicalExpert(0));
+    worker.faults = vec![ReportedFault { shard, address, layer, expert }];
+    worker
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_workers_word_makes_a_shard_answer_for_itself_and_takes_nothing_from_the_cluster() {
+    let mut state = state();
+    let (first, _a) = join(&mut state, proven(0));
+    let (_, _b) = join(&mut state, proven(1));
+    let (worker, _c) = join(&mut state, report("w", Role::Both, MemberState::Ready));
+    let now = Instant::now();
+    assert!(state.questions(now).is_empty(), "without an operator nobody is asked");
+    state.report(now, worker, accusing("w", 0)).unwrap();
+    let questions = state.questions(now);
+    let [question] = questions.as_slice() else { panic!("{questions:?}") };
+    assert_eq!(question.connection, first);
+    assert_eq!(question.generation.epoch, PlacementEpoch(1));
+    // Expert 0 is in the first slot of shard 0.
+    assert_eq!(question.step, Step::Rows { slots: vec![(LayerId(1), 0)] });
+    assert_eq!(state.coverage().uncovered, 0, "it is asked, and in use meanwhile");
+
+    // What cannot be reached, or is busy, has not answered wrongly.
+    assert_eq!(state.judge(now, first, Verdict::Unanswered("busy".into())), None);
+    assert_eq!((state.coverage().uncovered, state.failed_proofs()), (0, 0));
+    assert!(state.questions(now).is_empty(), "not at once again");
+    let now = now + Duration::from_secs(1);
+    assert_eq!(state.next_question(now - Duration::from_millis(1)), Some(now));
+    assert_eq!(state.questions(now).len(), 1);
+
+    // What answers wrongly covers nothing, is named, and is asked until it passes.
+    let (member, failed) = state.judge(now, first, Verdict::Wrong("not finite".into())).unwrap();
+    assert_eq!((member.0.as_str(), failed.as_deref()), ("shard-0", Some("not finite")));
+    assert_eq!(state.coverage().uncovered, 1, "expert 1 is on shard 0 only");
+    assert!(uncovered(&view(&state)).unwrap().contains("expert 1 of layer 1"));
+    let status = state.status(now, None, true);
+    let named = status.members.iter().find(|member| member.member.id.0 == "shard-0").unwrap();
+    assert_eq!((named.routable, named.failed_proof.as_deref()), (false, Some("not finite")));
+    assert_eq!(state.failed_proofs(), 1);
+    // The worker's silence does not heal it.
+    state.report(now, worker, report("w", Role::Both, MemberState::Ready)).unwrap();
+    let now = now + Duration::from_secs(20);
+    assert_eq!(state.questions(now).len(), 1);
+    assert_eq!(state.judge(now, first, Verdict::Passed), Some((member, None)));
+    assert_eq!((state.coverage().uncovered, state.failed_proofs()), (0, 0));
+
+    // A liar costs a question a second.
+    for _ in 0..3 {
+        state.report(now, worker, accusing("w", 0)).unwrap();
+        assert!(state.questions(now).is_empty());
+    }
+    let later = now + Duration::from_secs(1);
+    assert_eq!(state.questions(later).len(), 1);
+    assert_eq!(state.judge(later, first, Verdict::Passed), None, "nothing changes for others");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fault_of_an_expert_that_does_not_exist_or_by_a_shard_is_malformed() {
+    let mut state = state();
+    let mut unknown = accusing("w", 0);
+    unknown.faults[0].expert = LogicalExpert(3);
+    assert_eq!(refusal(&mut state, unknown).name(), "malformed");
+    let mut by_shard = proven(0);
+    by_shard.faults = accusing("w", 1).faults;
+    assert_eq!(refusal(&mut state, by_shard).name(), "malformed");
+    // Nobody is at that address: nothing is asked.
+    let mut nobody = accusing("w", 0);
+    nobody.faults[0].address = "elsewhere:1".into();
+    join(&mut state, proven(0));
+    join(&mut state, nobody);
+    assert!(state.questions(Instant::now()).is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn with_an_operator_every_role_owes_a_step_and_those_before_it_are_asked_too() {
+    let mut state = state();
+    let (before, _a) = join(&mut state, in_pod(proven(0), "s0"));
+    let pods = [("d", "a"), ("p", "a"), ("s0", "a"), ("s1", "a")];
+    let now = Instant::now();
+    state.operate(now, &operator_view(2, &pods));
+    let asked = |state: &State| -> Vec<(String, Step)> {
+        let questions = state.questions(Instant::now()).into_iter();
+        questions.map(|question| (question.member.id.0, question.step)).collect()
+    };
+    let rows = Step::Rows { slots: vec![(LayerId(1), 0)] };
+    assert_eq!(asked(&state), [("shard-0".to_owned(), rows.clone())]);
+    assert!(state.status(now, None, true).members[0].routable, "it serves while it is asked");
+    assert_eq!(state.judge(now, before, Verdict::Unanswered("no way there".into())), None);
+    assert!(state.status(now, None, true).members[0].routable);
+    assert_eq!(state.judge(now, before, Verdict::Passed), None);
+
+    let routable = |state: &State, id: &str| {
+        let status = state.status(Instant::now(), None, true);
+        status.members.into_iter().find(|member| member.member.id.0 == id).unwrap().routable
+    };
+    let (shard, _b) = join(&mut state, in_pod(proven(1), "s1"));
+    let (prefill, _c) = join(&mut state, in_pod(report("p", Role::Prefill, MemberState::Ready), "p"));
+    assert_eq!(asked(&state), [("shard-1".to_owned(), rows)], "there is nobody to hand a prompt to");
+    assert!(!routable(&state, "shard-1") && !routable(&state, "p"));
+    assert_eq!(state.judge(now, shard, Verdict::Passed), Some((MemberId("shard-1".into()), None)));
+    assert!(routable(&state, "shard-1"));
+    let (decode, _d) = join(&mut state, in_pod(report("d", Role::Decode, MemberState::Ready), "d"));
+    assert_eq!(asked(&state), [("d".to_owned(), Step::Decode)]);
+    state.judge(now, decode, Verdict::Passed).unwrap();
+    let to = Step::Prefill { decode_address: "d:1".to_owned() };
+    assert_eq!(asked(&state), [("p".to_owned(), to)]);
+    // A failure is named, and others are told when it changes.
+    let failed = state.judge(now, prefill, Verdict::Unanswered("refused".into())).unwrap();
+    assert_eq!(failed.1.as_deref(), Some("refused"));
+    assert!(!routable(&state, "p"));
+    state.judge(now, prefill, Verdict::Passed).unwrap();
+    assert!(routable(&state, "p"));
+}
+
+/// A shard that answers every frame with such a value.
+#[derive(Clone)]
+struct AnsweringShard {
+    value: Arc<parking_lot::Mutex<f32>>,
+}
+
+#[tonic::async_trait]
+impl v1::expert_server::Expert for AnsweringShard {
+    type DispatchStream = Events<v1::CombineFrame>;
+
+    async fn dispatch(
+        &self,
+        request: tonic::Request<tonic::Streaming<v1::DispatchFrame>>,
+    ) -> Result<tonic::Response<Self::DispatchStream>, Status> {
+        use tokio_stream::StreamExt as _;
+        let value = Arc::clone(&self.value);
+        let answers = request.into_inner().map(move |frame| {
+            let frame = frame?;
+            assert_eq!(frame.activations.len(), 2 * HIDDEN, "a row of bf16");
+            // The upper half of a float is a bf16.
+            let [_, _, low, high] = value.lock().to_le_bytes();
+            let rows = [low, high].repeat(HIDDEN * frame.pair_slots.len());
+            Ok(v1::CombineFrame {
+                sequence: frame.sequence,
+                dtype: v1::Dtype::Bf16.into(),
+                rows: rows.into(),
+                ..v1::CombineFrame::default()
+            })
+        });
+        Ok(tonic::Response::new(Box::pin(answers)))
+    }
+}
+
+#[tokio::test]
+async fn a_shard_that_answers_nan_rows_covers_nothing_until_its_rows_are_finite() {
+    let broken = AnsweringShard { value: Arc::new(parking_lot::Mutex::new(f32::NAN)) };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let service = v1::expert_server::ExpertServer::new(broken.clone());
+    let incoming = tonic::transport::server::TcpIncoming::from(listener);
+    tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
+
+    let layout = Layout { shards: 2, redundant_slots: 1, min_copies: 1 };
+    let mut layouts = Layouts::new(planner(), layout, Duration::ZERO);
+    layouts.force(placement());
+    let forever = Duration::from_secs(3600);
+    let state = State::new(generation(0), layouts, forever, forever);
+    let registry = Metrics::new();
+    let metrics = RouterMetrics::register(&registry).unwrap();
+    let (coordinator, _owner) = Coordinator::spawn_over(state, Readiness::new(&[]), metrics, prover);
+    let mut at_fault = proven(0);
+    at_fault.member.address = address.clone();
+    let _shards = (register(&coordinator, at_fault).await, register(&coordinator, proven(1)).await);
+    assert_eq!(coordinator.describe().await.unwrap()["covered"], true, "it says that it is ready");
+
+    let mut worker = accusing("w", 0);
+    worker.faults[0].address = address;
+    let _worker = register(&coordinator, worker).await;
+    let mut views = coordinator.views();
+    let mut covered = async |wanted: bool| {
+        let reached = views.wait_for(|published| {
+            published.as_ref().is_some_and(|published| uncovered(&published.view).is_none() == wanted)
+        });
+        tokio::time::timeout(Duration::from_secs(60), reached).await.unwrap().unwrap();
+    };
+    covered(false).await;
+    let described = coordinator.describe().await.unwrap();
+    assert_eq!(described["covered"], false);
+    let failed = described["members"][0]["failed_proof"].as_str().unwrap().to_owned();
+    assert_eq!(failed, "a row of ones through slot 0 of layer 1: element 0 is not finite");
+    assert!(registry.encode().unwrap().contains("cadre_router_failed_proofs 1"));
+    *broken.value.lock() = 1.0;
+    covered(true).await;
+    assert!(registry.encode().unwrap().contains("cadre_router_failed_proofs 0"));
 }
 
 #[tokio::test(start_paused = true)]
@@ -681,7 +891,7 @@ async fn without_a_placement_members_wait_for_their_first_view() {
     let layouts = Layouts::new(planner(), layout, Duration::from_secs(15));
     let state = State::new(generation(0), layouts, LEASE, Duration::from_secs(60));
     let metrics = RouterMetrics::register(&Metrics::new()).unwrap();
-    let (coordinator, _owner) = Coordinator::spawn_over(state, Readiness::new(&[]), metrics, None);
+    let (coordinator, _owner) = Coordinator::spawn_over(state, Readiness::new(&[]), metrics, prover);
     let first = register(&coordinator, shard(0, MemberState::Starting)).await;
     assert!(first.views.borrow().is_none());
     let status = operate(&coordinator, operator_view(2, &[])).await.statuses.borrow().clone();

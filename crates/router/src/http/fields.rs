@@ -4,7 +4,10 @@
 use cadre_proto::v1;
 use serde_json::{Map, Value};
 
-use super::unsupported::{self, Endpoint};
+use super::{
+    unknown::{self, Unknown},
+    unsupported::{self, Endpoint},
+};
 use crate::{
     error::{RequestError, RequestResult},
     request::Submission,
@@ -139,6 +142,24 @@ impl Fields {
         self.u32("top_k")
     }
 
+    /// Names of fields that nobody took, that changed nothing and are unknown here; one that is nearly a known
+    /// name is refused.
+    pub(super) fn ignored(self) -> RequestResult<Vec<String>> {
+        let mut ignored = Vec::new();
+        for (name, value) in self.0 {
+            match unknown::judge(&name) {
+                _ if value.is_null() => {}
+                Unknown::Harmless => {}
+                Unknown::Misspelled(known) => {
+                    return Err(RequestError::invalid(name, format!("unknown field; {known} is meant?")));
+                }
+                Unknown::Ignored => ignored.push(name),
+            }
+        }
+        ignored.sort();
+        Ok(ignored)
+    }
+
     pub(super) fn delivery(&mut self) -> RequestResult<Delivery> {
         let stream = self.bool("stream")?.unwrap_or(false);
         let options = self.object("stream_options")?;
@@ -233,6 +254,27 @@ mod tests {
         assert_eq!(submission.stop, ["x"]);
         let drawn = fields(r#"{"model": "m", "seed": -1}"#).submission(Endpoint::Completions).unwrap();
         assert_eq!(drawn.sampling.seed, None, "as vLLM and SGLang have it");
+    }
+
+    #[test]
+    fn what_nobody_takes_is_ignored_unless_it_is_nearly_a_name() {
+        let unknown = |json: &str| {
+            let mut fields = fields(json);
+            fields.submission(Endpoint::Chat).unwrap();
+            fields.ignored()
+        };
+        let sent = r#"{"model": "m", "user": "u", "metadata": {}, "store": true, "service_tier": "auto",
+            "parallel_tool_calls": false, "safety_identifier": "s", "prompt_cache_key": "k", "unheard_of": null}"#;
+        assert_eq!(unknown(sent), Ok(Vec::new()), "what OpenAI's clients send");
+        assert_eq!(
+            unknown(r#"{"model": "m", "port": 1, "url": "x"}"#),
+            Ok(vec!["port".into(), "url".into()])
+        );
+        let (field, problem) = refused(unknown(r#"{"model": "m", "temprature": 0}"#).unwrap_err());
+        assert_eq!(
+            (field.as_str(), problem.as_str()),
+            ("temprature", "unknown field; temperature is meant?")
+        );
     }
 
     #[test]

@@ -157,6 +157,11 @@ impl Accepted {
     }
 }
 
+/// The table's fields, some of them twice.
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    TABLE.iter().map(|row| row.name)
+}
+
 /// Refuses every field of the table whose value asks for something.
 pub(super) fn refuse(fields: &mut Fields, endpoint: Endpoint, n: u32) -> RequestResult<()> {
     for Unsupported { name, on, accepted } in TABLE {

@@ -2,7 +2,7 @@
 //! (tests/templates/compat.json), and the engine's own where a whole value is converted unpaid.
 
 use minijinja::{
-    Environment, Error, ErrorKind, State, Value, filters,
+    Environment, Error, ErrorKind, State, Value, filters, tests,
     value::{ArgType, Kwargs, ObjectRepr, Rest, ValueKind, ValueOrKwargs, from_args},
 };
 
@@ -14,12 +14,27 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.add_filter("truncate", truncate);
     environment.add_filter("wordwrap", wordwrap);
     environment.add_filter("urlencode", urlencode);
-    environment.add_filter("striptags", minijinja_contrib::filters::striptags);
     environment.add_filter("filesizeformat", filesizeformat);
     environment.add_filter("xmlattr", xmlattr);
     environment.add_filter("percent_format", percent_format);
     environment.add_filter("within_bounds", bounded::keep);
     environment.add_test("callable", is_callable);
+    // So do these tests.
+    environment.add_test("unpaid_startingwith", tests::is_startingwith);
+    environment.add_test("unpaid_endingwith", tests::is_endingwith);
+    environment.add_test("unpaid_lower", tests::is_lower);
+    environment.add_test("unpaid_upper", tests::is_upper);
+    for (name, unpaid) in [
+        ("startingwith", "unpaid_startingwith"),
+        ("endingwith", "unpaid_endingwith"),
+        ("lower", "unpaid_lower"),
+        ("upper", "unpaid_upper"),
+    ] {
+        environment.add_test(name, move |state: &mut State<'_, '_>, args: Rest<Value>| {
+            bounded::check_all(state, args.iter())?;
+            state.perform_test(unpaid, &args)
+        });
+    }
     environment.add_function("joiner", minijinja_contrib::globals::joiner);
     environment.set_formatter(bounded::write);
     // The engine pays for these when their result is there.
@@ -28,12 +43,38 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.add_filter("unpaid_format", filters::format);
     environment.add_filter("unpaid_unique", filters::unique);
     environment.add_filter("unpaid_sort", filters::sort);
+    environment.add_filter("unpaid_lower", filters::lower);
+    environment.add_filter("unpaid_upper", filters::upper);
+    environment.add_filter("unpaid_title", filters::title);
+    environment.add_filter("unpaid_capitalize", filters::capitalize);
+    environment.add_filter("unpaid_replace", filters::replace);
+    environment.add_filter("unpaid_trim", filters::trim);
+    environment.add_filter("unpaid_split", filters::split);
+    environment.add_filter("unpaid_lines", filters::lines);
+    environment.add_filter("unpaid_indent", filters::indent);
+    environment.add_filter("unpaid_escape", filters::escape);
+    environment.add_filter("unpaid_safe", filters::safe);
+    environment.add_filter("unpaid_striptags", minijinja_contrib::filters::striptags);
     for (name, unpaid) in [
         ("string", "unpaid_string"),
         ("join", "unpaid_join"),
         ("format", "unpaid_format"),
         ("unique", "unpaid_unique"),
         ("sort", "unpaid_sort"),
+        // These write out whatever they are given.
+        ("lower", "unpaid_lower"),
+        ("upper", "unpaid_upper"),
+        ("title", "unpaid_title"),
+        ("capitalize", "unpaid_capitalize"),
+        ("replace", "unpaid_replace"),
+        ("trim", "unpaid_trim"),
+        ("split", "unpaid_split"),
+        ("lines", "unpaid_lines"),
+        ("indent", "unpaid_indent"),
+        ("escape", "unpaid_escape"),
+        ("e", "unpaid_escape"),
+        ("safe", "unpaid_safe"),
+        ("striptags", "unpaid_striptags"),
     ] {
         environment.add_filter(name, move |state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>| {
             let args = args.into_values();

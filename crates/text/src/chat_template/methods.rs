@@ -88,12 +88,8 @@ pub(super) fn call(
     if let Some(result) = ours {
         return Ok(result);
     }
-    if method == "join"
-        && let Some(values) = args.first()
-    {
-        bounded::check(state, values)?;
-    }
-    if method == "format" {
+    // Arguments of strings' methods are written out, or compared, as a whole.
+    if value.kind() == ValueKind::String {
         bounded::check_all(state, args)?;
     }
     let theirs = pycompat::unknown_method_callback(state, value, method, args);

@@ -11,7 +11,8 @@
 //! - `'…' % x` becomes `('…'|percent_format(x))`;
 //! - a macro that reads `varargs` gets them as a parameter, and its calls pass them;
 //! - every value that gets a name (`set`, `with`, `for`, the parameters of macros, `loop(…)`) goes through
-//!   the filter `within_bounds`, so that none can grow without bound (see [`super::bounded`]).
+//!   the filter `within_bounds`, so that none can grow without bound (see [`super::bounded`]);
+//! - so does every operand of `~`, which writes out what has no name.
 
 mod names;
 mod rewrite;
@@ -49,5 +50,6 @@ pub(super) fn prepare(source: &str) -> Result<Prepared, String> {
     scan.percent_formats(&mut edits);
     scan.varargs(&mut edits);
     scan.bounds(&mut edits);
+    scan.concatenated(&mut edits);
     Ok(Prepared { text: apply(source, edits), names: scan.names() })
 }

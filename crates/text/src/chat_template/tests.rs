@@ -331,6 +331,40 @@ mod bounds {
         }
     }
 
+    /// What `~` writes out has no name to be bounded by; and what it says stays the same.
+    #[test]
+    fn operands_of_a_concatenation_are_bounded_and_keep_their_places() {
+        for large in ["([s] * 1000000) ~ ''", "'' ~ ([s] * 1000000)", "1 + 2 ~ ([s] * 1000000) ~ 3"] {
+            let source = format!("{{% set s = 'x' * 1000 %}}{{{{ ({large})|length }}}}");
+            let rendered = render(&source, json!([]));
+            assert!(
+                matches!(rendered, Err(TemplateError::OutOfFuel { .. } | TemplateError::Render { .. })),
+                "{source}: {rendered:?}"
+            );
+        }
+        for (expression, expected) in [
+            ("'a' ~ 1 ~ none", "a1None"),
+            ("-1 ~ 2", "-12"),
+            ("1 ~ -2", "1-2"),
+            ("2 * 3 ~ 4 * 5", "620"),
+            ("'a' ~ 'b'|upper ~ 'c'", "aBc"),
+            ("'a' ~ ('b' ~ 'c')[0] ~ [1 ~ 2]", "ab['12']"),
+            ("'x' ~ 'y' if 'a' ~ 'b' == 'ab' else 'z' ~ 1", "xy"),
+            ("not 'a' ~ 'b' == 'ab'", "False"),
+            ("'b' in 'a' ~ 'b' and 'c' not in 'a' ~ 'b'", "True"),
+            ("none is none ~ ''", "True"),
+            ("'%s' % 'a' ~ '%s' % 'b'", "ab"),
+            ("{'k': 'a' ~ 1}['k'] ~ 'abc'[(1 ~ '')|length:]", "a1bc"),
+        ] {
+            let source = format!("{{{{ {expression} }}}}{{% set x = {expression} %}}|{{{{ x }}}}");
+            assert_eq!(render(&source, json!([])), Ok(format!("{expected}|{expected}")), "{expression}");
+        }
+        let tags = "{% macro m(a, b='x' ~ 'y') %}{{ a ~ b }}{% endmacro %}{{ m('p' ~ 'q') }}{{ m(1, b='r' ~ 2) }}\
+                    {% for c in 'a' ~ 'b' if c ~ '' != 'b' %}{{ c ~ loop.index }}{% endfor %}\
+                    {% if 'a' ~ 'b' == 'ab' %}yes{% elif 'a' ~ 'b' %}no{% endif %}{% with w = 'u' ~ 'v' %}{{ w }}{% endwith %}";
+        assert_eq!(render(tags, json!([])), Ok("pqxy1r2a1yesuv".to_owned()));
+    }
+
     /// What collects in a loop is no growth to be refused: a conversation of 1,000 messages.
     #[test]
     fn a_template_may_collect() {

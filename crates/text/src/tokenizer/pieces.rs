@@ -5,7 +5,7 @@
 //! the last one counts that is far enough from the window's end not to depend on what follows, and from which
 //! pre-tokenizing afresh gives the same next cuts as going on did. Pre-tokenizers of byte-level BPE match
 //! from left to right, so what agrees there agrees from there on. Those that look behind, anchor, normalise or
-//! strip are not cut: their texts are encoded whole.
+//! strip are not cut: their texts are encoded whole, and are refused beyond [`LONGEST_BYTES`].
 
 use serde_json::Value;
 use tokenizers::{Model, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Tokenizer as Bpe};
@@ -24,7 +24,7 @@ const COMPARED_BYTES: usize = 1 << 10;
 const TRIES: usize = 8;
 /// Longest window: a stretch of text that the pre-tokenizer leaves whole for longer is refused. Merging one
 /// takes memory of some hundred bytes for each byte.
-const LONGEST_BYTES: usize = 1 << 20;
+pub(super) const LONGEST_BYTES: usize = 1 << 20;
 
 /// How the texts of a tokenizer are cut.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -52,6 +52,7 @@ pub(super) fn join(
     let load = move || {
         let mut window = report.expert_load.lock().unwrap_or_else(PoisonError::into_inner);
         let expert_load = window.as_mut().map(ExpertLoadWindow::take).unwrap_or_default();
+        let faults = window.as_ref().map(ExpertLoadWindow::faults).unwrap_or_default();
         metrics.expert_load(&expert_load);
         let worker = report.engine.get().map(|engine| {
             let load = engine.stats().load();
@@ -68,7 +69,7 @@ pub(super) fn join(
             bytes_expected: report.bytes_expected.load(Ordering::Relaxed),
         };
         let device = report.device.get().map(|device| device.read().into());
-        LoadReport { worker, loading: Some(loading), device, expert_load }
+        LoadReport { worker, loading: Some(loading), device, expert_load, faults }
     };
     let to = MembershipOptions {
         secret: options.secret.clone(),

@@ -41,7 +41,10 @@ impl WorkerService {
                             rows.layer
                         )));
                     }
-                    bounded(bound, "room for rows", writer.rows(wire::rows_from(rows)?))
+                    let mut rows = wire::rows_from(rows)?;
+                    let room = self.shared.incoming_room.hold(rows.rows);
+                    rows.rows = bounded(bound, "room for the rows of all hand-offs", room).await?;
+                    bounded(bound, "room for rows", writer.rows(rows))
                         .await?
                         .map_err(|error| status::of_handoff(&error))?;
                 }

@@ -140,6 +140,7 @@ fn status(epoch: u64) -> CoordinatorStatus {
             sequences: 0,
             stranger: None,
             device: None,
+            failed_proof: None,
         }],
         coverage: Coverage::default(),
         imbalance: None,

@@ -36,6 +36,7 @@ fn status() -> t::CoordinatorStatus {
         applied: t::PlacementEpoch(3),
         loading: (id == "x").then_some(t::LoadProgress { bytes_read: 5, bytes_expected: 9 }),
         sequences: 7,
+        failed_proof: (id == "y").then(|| "a row was not finite".to_owned()),
         stranger: (id == "y").then(|| "it has no pod".to_owned()),
         device: (id == "x").then(|| t::MemberDevice {
             device: "cuda:0".into(),

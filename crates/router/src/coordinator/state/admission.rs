@@ -139,6 +139,16 @@ impl State {
             let problem = format!("report.expert_digests: the model has no {expert} of {layer}");
             return Err(Refusal::Placement { id: id(), problem });
         }
+        let is_worker = !matches!(report.member.role, Role::Expert(_));
+        let unknown =
+            report.faults.iter().find(|fault| !is_worker || !self.window.has(fault.layer, fault.expert));
+        if let Some(fault) = unknown {
+            let problem = match is_worker {
+                true => format!("report.faults: the model has no {} of {}", fault.expert, fault.layer),
+                false => "report.faults: only workers see rows".to_owned(),
+            };
+            return Err(Refusal::Placement { id: id(), problem });
+        }
         self.digests.check(&report.member.id, &report.digests).map_err(Refusal::Digest)
     }
 

@@ -43,11 +43,11 @@ impl State {
 
     /// A member as others are told: whose pod is going away, or who has not proven itself, gets nothing new, whatever
     /// it says itself.
-    fn shown(&self, known: &Registered) -> Member {
+    pub(super) fn shown(&self, known: &Registered) -> Member {
         let mut member = known.member.clone();
         if self.pods.is_withdrawn(member.pod.as_ref()) {
             member.state = MemberState::Draining;
-        } else if known.must_prove && member.state == MemberState::Ready {
+        } else if known.proof.is_owed() && member.state == MemberState::Ready {
             member.state = MemberState::Starting;
         }
         member
@@ -108,6 +108,7 @@ impl State {
             sequences: known.load.running_sequences.saturating_add(known.load.waiting_sequences),
             stranger: self.pods.stranger(&known.member).map(|why| why.to_string()),
             device: known.device.clone(),
+            failed_proof: known.proof.failed().map(str::to_owned),
         });
         let next = self.layouts.waiting_for(now, &self.facts()).map(|waiting_for| NextLayout {
             layout: self.layouts.wanted(),

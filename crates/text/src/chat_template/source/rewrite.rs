@@ -1,6 +1,6 @@
 //! What is rewritten in a source (the header of [`super`] says why), as edits of its text.
 
-use std::ops::Range;
+use std::{collections::BTreeSet, ops::Range};
 
 use super::scan::{Kind, Scan, Tag};
 
@@ -11,10 +11,12 @@ pub(super) type Edit = (Range<usize>, Nesting, String);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Nesting {
     EndInner,
+    EndOperand,
     EndOuter,
     EndValue,
     BeginValue,
     BeginOuter,
+    BeginOperand,
     BeginInner,
 }
 
@@ -158,6 +160,73 @@ impl Scan<'_> {
                     self.bound(open + 1..close, edits);
                 }
             }
+        }
+    }
+
+    /// What `~` writes out has no name; each of its operands is bounded as if it had.
+    pub(super) fn concatenated(&self, edits: &mut Vec<Edit>) {
+        let mut operands = BTreeSet::new();
+        for tag in &self.tags {
+            for tilde in tag.tokens.clone().filter(|&token| self.word(token) == "~") {
+                operands.extend([self.operand_before(tilde, tag), self.operand_after(tilde, tag)]);
+            }
+        }
+        for (start, end) in operands.into_iter().filter(|(start, end)| start < end) {
+            let (from, to) = (self.start(start), self.end(end - 1));
+            edits.push((from..from, Nesting::BeginOperand, "((".to_owned()));
+            edits.push((to..to, Nesting::EndOperand, ")|within_bounds)".to_owned()));
+        }
+    }
+
+    /// Tokens of the operand that ends at `operator`: first, and behind the last.
+    fn operand_before(&self, operator: usize, tag: &Tag) -> (usize, usize) {
+        // The word of a statement is no operand.
+        let least = tag.tokens.start + usize::from(tag.is_block);
+        let (mut depth, mut first) = (0_usize, operator);
+        while first > least {
+            match self.word(first - 1) {
+                ")" | "]" | "}" => depth += 1,
+                "(" | "[" | "{" if depth == 0 => break,
+                "(" | "[" | "{" => depth -= 1,
+                _ if depth == 0 && self.binds_looser(first - 1, least) => break,
+                _ => {}
+            }
+            first -= 1;
+        }
+        (first, operator)
+    }
+
+    /// The same of the operand that begins behind `operator`.
+    fn operand_after(&self, operator: usize, tag: &Tag) -> (usize, usize) {
+        let (mut depth, mut end) = (0_usize, operator + 1);
+        while end < tag.tokens.end {
+            match self.word(end) {
+                "(" | "[" | "{" => depth += 1,
+                ")" | "]" | "}" if depth == 0 => break,
+                ")" | "]" | "}" => depth -= 1,
+                _ if depth == 0 && self.binds_looser(end, operator + 1) => break,
+                _ => {}
+            }
+            end += 1;
+        }
+        (operator + 1, end)
+    }
+
+    /// Whether a token ends the operand of `~` that may begin at `least`: an operator that binds as `~` or looser, or
+    /// what stands between expressions. A sign binds tighter, and so do tests (`is not none`).
+    fn binds_looser(&self, token: usize, least: usize) -> bool {
+        let before = if token > least { self.word(token - 1) } else { "" };
+        match self.word(token) {
+            "+" | "-" => {
+                let is_sign = matches!(before, "" | "~" | "+" | "-" | "*" | "/" | "//" | "%" | "**");
+                !is_sign
+            }
+            "not" | "in" => {
+                before != "is" && !(before == "not" && token > least + 1 && self.word(token - 2) == "is")
+            }
+            "~" | "," | ":" | "=" | "==" | "!=" | "<" | ">" | "<=" | ">=" | "and" | "or" | "if" | "else"
+            | "recursive" => true,
+            _ => false,
         }
     }
 

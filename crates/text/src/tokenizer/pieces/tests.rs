@@ -109,3 +109,26 @@ fn only_what_matches_rightwards_is_cut() {
     assert!(!part(r#"{"type": "ByteLevel", "add_prefix_space": true}"#));
     assert!(Pieces::of(&POCKET.bpe).is_some());
 }
+
+/// The bundled tokenizer with a normalizer, which may change what stands on both sides of a cut.
+#[test]
+fn where_texts_are_encoded_whole_they_have_a_limit_and_the_load_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let pocket = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/pocket"));
+    for file in ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"] {
+        std::fs::copy(pocket.join(file), folder.path().join(file)).unwrap();
+    }
+    let path = folder.path().join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    tokenizer["normalizer"] = serde_json::json!({"type": "NFC"});
+    std::fs::write(&path, tokenizer.to_string()).unwrap();
+    let whole = Tokenizer::load(folder.path()).unwrap();
+    let said = whole.warnings().iter().find(|warning| warning.subject == "tokenizer").unwrap();
+    assert!(said.fix.contains("more than 1 MiB are refused"), "{said}");
+    let text = "a b c d ".repeat(LONGEST_BYTES / 8);
+    let ids = whole.encode_within(&text[..100_000], false, usize::MAX, &|| false).unwrap();
+    assert_eq!(ids, POCKET.encode(&text[..100_000], false).unwrap());
+    let refused = whole.encode_within(&(text + "x"), false, usize::MAX, &|| false).unwrap_err();
+    assert!(refused.to_string().contains("at most 1048576 bytes"), "{refused}");
+    assert!(POCKET.warnings().iter().all(|warning| warning.subject != "tokenizer"));
+}

@@ -171,6 +171,7 @@ impl Coordinator {
             sequences: 0,
             stranger: None,
             device: self.device.clone(),
+            failed_proof: None,
         }
     }
 }
