@@ -27,11 +27,45 @@ pub struct SharedProcess {
 }
 
 impl SharedProcess {
+    /// Condition of readiness of the process: every role has begun, with conditions of its own.
+    pub const ROLES: &str = "roles";
+
     /// A process without roles yet.
     pub fn new(device: OpenDevice, admin: SocketAddr) -> Result<Self, MetricsError> {
         let metrics = Metrics::new();
         let expert_metrics = Arc::new(ExpertMetrics::register(&metrics)?);
-        let (readiness, shards) = (Readiness::new(&[]), LocalConnector::default());
+        // A set without a condition would have been ready once before the first role joins, and hold no probe.
+        let readiness = Readiness::new(&[(Self::ROLES, "starting")]);
+        let shards = LocalConnector::default();
         Ok(Self { device, admin, metrics, readiness, shards, expert_metrics })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use cadre_device::{BackendOptions, Device};
+    use cadre_types::NumericsClass;
+
+    use super::*;
+
+    /// A probe that is held waits for the first readiness: there must not have been one before the roles are ready.
+    #[test]
+    fn a_process_has_not_been_ready_before_its_roles_are() {
+        let options = BackendOptions {
+            device: Some(Device::Cpu),
+            threads: Some(1),
+            ..BackendOptions::new(NumericsClass::F32)
+        };
+        let process =
+            SharedProcess::new(OpenDevice::open(&options).unwrap(), SocketAddr::from(([127, 0, 0, 1], 1)));
+        let readiness = process.unwrap().readiness;
+        assert!(!readiness.was_ready());
+        let worker = readiness.part("worker", &[("weights", "not loaded")]);
+        worker.met("weights");
+        assert!(!readiness.was_ready(), "the others have not begun");
+        readiness.met(SharedProcess::ROLES);
+        assert!(readiness.was_ready());
     }
 }

@@ -67,7 +67,9 @@ unsafe impl Sync for Device {}
 fn driver() -> Result<(), CudaError> {
     // SAFETY: opens a library and runs its initialisers, which is what a driver's library is for.
     if !unsafe { sys::is_culib_present() } {
-        let looked_for = cudarc::get_lib_name_candidates("cuda");
+        // Those of its names that drivers for Linux have; the others are of toolkits and of Windows.
+        let mut looked_for = cudarc::get_lib_name_candidates("cuda");
+        looked_for.retain(|name| name == "libcuda.so" || name == "libcuda.so.1");
         return Err(CudaError::NoDriver { looked_for });
     }
     match result::init() {

@@ -73,8 +73,6 @@ pub async fn run_with_experts(
     };
     let device = on_thread("cadre-open", move || OpenDevice::open(&backend)).await??;
     let process = SharedProcess::new(device, admin_address)?;
-    // Until every role has joined with conditions of its own.
-    process.readiness.unmet(ROLES, "starting");
     let serving_admin = tokio::spawn(admin::serve(
         listener,
         process.metrics.clone(),
@@ -103,7 +101,7 @@ pub async fn run_with_experts(
         let all = async { anyhow::Ok((worker_address.await?, try_join_all(shard_addresses).await?)) };
         // A role that fails before it listens says why itself.
         if let Ok((worker, experts)) = all.await {
-            readiness.met(ROLES);
+            readiness.met(SharedProcess::ROLES);
             readiness.started();
             // Whoever asked may have gone; the process does not depend on it.
             let _ = bound.send(SharedAddresses { grpc: worker.grpc, admin: worker.admin, experts });
@@ -140,8 +138,6 @@ pub async fn run_with_experts(
     of_shards.and(of_worker)
 }
 
-/// Condition of readiness of the process: every role has begun.
-const ROLES: &str = "roles";
 /// Condition of readiness of a shard: as its own last one.
 const SERVING: &str = "serving";
 
