@@ -96,6 +96,10 @@ held cuda-fp8-copies-same-text same_text cuda:0 cuda-fp8 2 cuda:0 cuda-fp8 4 --r
 for class in cuda-fp8 bf16; do
     CLASS=$class LOGS=$logs/$class counted "processes-$class" timeout 200 ./processes.sh
 done
+for class in cuda-fp8 bf16; do
+    held "shard-thread-lost-$class" env CADRE_TEST_DEVICE=cuda:0 CADRE_TEST_NUMERICS="$class" CADRE_TEST_MODEL=models/pocket \
+        timeout 120 ./worker shared::a_lost
+done
 held no-such-device refused "no device cuda:63" ./cadre up --model models/pocket --device cuda:63 --exit-after "x"
 held class-of-gpus-on-cpu refused "cuda-fp8" ./cadre up --model models/pocket --device cpu --numerics cuda-fp8 --exit-after "x"
 

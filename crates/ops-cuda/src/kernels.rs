@@ -192,6 +192,8 @@ kernels! {
     MlaPrefill128 = "mla_prefill" "mla_prefill_128" [Struct(104)] shared;
     /// What a greedy token needs.
     Largest = "sample" "largest" [P, U32, P, P];
+    /// What a drawn token needs.
+    Candidates = "candidates" "candidates_of" [P, U32, P, U32, P, P];
     /// The choice of experts.
     Choose = "gate" "choose" [P, P, U32, U32, U32, U32, U32, F32, U32, U32, P, P, P] shared;
 }

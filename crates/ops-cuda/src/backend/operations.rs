@@ -547,10 +547,10 @@ impl Backend for CudaBackend {
 
     fn samples(
         &self,
-        _: &mut CudaQueue,
+        queue: &mut CudaQueue,
         logits: &mut Plane,
         samples: Self::Samples,
     ) -> Result<Vec<Result<Sample, SampleError>>, OpsError> {
-        samples.tokens(logits.dims.cols)
+        self.tokens(queue, logits, samples)
     }
 }

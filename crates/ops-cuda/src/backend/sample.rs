@@ -1,4 +1,6 @@
-//! Tokens: greedy ones from what the device finds in a row, drawn ones by the host's sampler from the whole row.
+//! Tokens: greedy ones from what the device finds in a row; drawn ones from its largest logit, its weight and its most
+//! preferred candidates, which the device finds too ([`draw`]); the few that need more by the host's sampler from the
+//! whole row.
 
 use cadre_ops::{OpsError, SampleRow, check};
 use cadre_sampler::{Sample, SampleError, Sampler};
@@ -13,7 +15,11 @@ use crate::{
     launch::{Arg, Grid},
 };
 
-/// Bytes that the device says of a row.
+mod draw;
+
+use draw::{Draw, Draws};
+
+/// Bytes that the device says of a greedy row.
 const FOUND_BYTES: usize = 16;
 
 /// No logit is NaN or plus infinity.
@@ -28,12 +34,16 @@ pub struct Samples {
     rows: Vec<Asked>,
     /// What the device says of the greedy rows, and when it is there.
     found: Option<(Staging, QueueEvent)>,
+    /// The same of rows that are drawn from.
+    draws: Option<Draws>,
 }
 
 #[derive(Debug)]
 enum Asked {
     /// The next of what the device found, for a position.
     Greedy(Position),
+    /// The next of what the device drew from.
+    Draw(Box<Draw>),
     /// Known already.
     Drawn(Result<Sample, SampleError>),
 }
@@ -80,33 +90,71 @@ impl CudaBackend {
         for row in rows {
             if greedy(&row) {
                 asked.push(Asked::Greedy(row.position));
-                continue;
+            } else if let Some(draw) = Draw::new(row, vocabulary) {
+                asked.push(Asked::Draw(Box::new(draw)));
+            } else {
+                values.clear();
+                self.read(op, queue, logits, &(row.row..row.row + 1), &mut values)?;
+                asked.push(Asked::Drawn(sampler.sample(&mut values, row.params, row.history, row.position)));
             }
-            values.clear();
-            self.read(op, queue, logits, &(row.row..row.row + 1), &mut values)?;
-            asked.push(Asked::Drawn(sampler.sample(&mut values, row.params, row.history, row.position)));
         }
-        Ok(Samples { rows: asked, found })
+        let mut draws: Vec<&Draw> = Vec::new();
+        for asked in &asked {
+            if let Asked::Draw(draw) = asked {
+                draws.push(draw);
+            }
+        }
+        let draws = self.look(queue, logits, &draws)?;
+        Ok(Samples { rows: asked, found, draws })
     }
-}
 
-impl Samples {
     /// The tokens, in the order asked; waits for them.
-    pub(crate) fn tokens(self, vocabulary: usize) -> Result<Vec<Result<Sample, SampleError>>, OpsError> {
-        if let Some((_, event)) = &self.found {
-            event.wait("samples")?;
+    pub(crate) fn tokens(
+        &self,
+        queue: &mut CudaQueue,
+        logits: &Plane,
+        samples: Samples,
+    ) -> Result<Vec<Result<Sample, SampleError>>, OpsError> {
+        let op = "samples";
+        let Samples { rows, found, draws } = samples;
+        let vocabulary = logits.dims.cols;
+        if let Some((_, event)) = &found {
+            event.wait(op)?;
         }
-        let found = self.found.as_ref().map_or(&[][..], |(host, _)| host.as_ref());
+        if let Some(draws) = &draws {
+            draws.wait(op)?;
+        }
+        let found = found.as_ref().map_or(&[][..], |(host, _)| host.as_ref());
         let mut found = found.as_chunks::<FOUND_BYTES>().0.iter();
-        let token = |asked| match asked {
-            Asked::Drawn(sample) => sample,
-            Asked::Greedy(position) => {
-                found.next().map_or(Err(SampleError::NoCandidate { position, vocabulary }), |found| {
-                    greedy_token(found, position, vocabulary)
-                })
-            }
-        };
-        Ok(self.rows.into_iter().map(token).collect())
+        let mut nth = 0;
+        let mut tokens = Vec::with_capacity(rows.len());
+        for asked in rows {
+            tokens.push(match asked {
+                Asked::Drawn(sample) => sample,
+                Asked::Greedy(position) => match found.next() {
+                    Some(found) => greedy_token(found, position, vocabulary),
+                    None => Err(SampleError::NoCandidate { position, vocabulary }),
+                },
+                Asked::Draw(draw) => {
+                    let said = draws.as_ref().and_then(|draws| draws.said(nth));
+                    nth += 1;
+                    let Some(said) = said else {
+                        let message = format!("nothing was said of draw {nth}");
+                        return Err(OpsError::Device { op, message });
+                    };
+                    match draw.finish(&said, vocabulary) {
+                        Some(sample) => sample,
+                        None => {
+                            // More candidates than were listed: the whole row, with what was changed in it.
+                            let mut values = Vec::new();
+                            self.read(op, queue, logits, &(draw.row()..draw.row() + 1), &mut values)?;
+                            draw.finish_from_row(&said, &mut values)
+                        }
+                    }
+                }
+            });
+        }
+        Ok(tokens)
     }
 }
 

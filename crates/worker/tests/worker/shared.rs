@@ -96,7 +96,7 @@ async fn a_lost_shard_thread_does_not_show_and_is_started_again_and_the_worker_d
     };
     let (status, body) = fetch(addresses.admin, "/readyz").await;
     assert_eq!(status, 503);
-    for condition in ["worker: weights", "expert 0: weights", "expert 1: weights"] {
+    for condition in ["worker: placement", "expert 0: placement", "expert 1: placement"] {
         assert!(body.contains(condition), "{condition}: {body}");
     }
     let told = view(&addresses);
