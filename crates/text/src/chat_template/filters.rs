@@ -22,11 +22,13 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     // So do these tests.
     environment.add_test("unpaid_startingwith", tests::is_startingwith);
     environment.add_test("unpaid_endingwith", tests::is_endingwith);
+    environment.add_test("unpaid_in", tests::is_in);
     environment.add_test("unpaid_lower", tests::is_lower);
     environment.add_test("unpaid_upper", tests::is_upper);
     for (name, unpaid) in [
         ("startingwith", "unpaid_startingwith"),
         ("endingwith", "unpaid_endingwith"),
+        ("in", "unpaid_in"),
         ("lower", "unpaid_lower"),
         ("upper", "unpaid_upper"),
     ] {
@@ -107,8 +109,10 @@ struct Arguments {
 }
 
 impl Arguments {
-    fn new(arguments: Rest<ValueOrKwargs>) -> Result<Self, Error> {
+    /// Those that are written out are paid for before they are.
+    fn new(state: &State<'_, '_>, arguments: Rest<ValueOrKwargs>) -> Result<Self, Error> {
         let arguments = arguments.into_values();
+        bounded::check_all(state, &arguments)?;
         let (positional, named): (&[Value], Kwargs) = from_args(&arguments)?;
         Ok(Self { positional: Vec::from(positional).into_iter(), named })
     }
@@ -144,7 +148,7 @@ fn wordcount(state: &State<'_, '_>, value: &Value) -> Result<usize, Error> {
 }
 
 fn truncate(state: &State<'_, '_>, value: &Value, arguments: Rest<ValueOrKwargs>) -> Result<String, Error> {
-    let mut arguments = Arguments::new(arguments)?;
+    let mut arguments = Arguments::new(state, arguments)?;
     let length = arguments.take::<usize>("length")?.unwrap_or(255);
     let killwords = arguments.take::<bool>("killwords")?.unwrap_or(false);
     let end = arguments.take::<String>("end")?.unwrap_or_else(|| "...".to_owned());
@@ -166,7 +170,7 @@ fn truncate(state: &State<'_, '_>, value: &Value, arguments: Rest<ValueOrKwargs>
 }
 
 fn wordwrap(state: &State<'_, '_>, value: &Value, arguments: Rest<ValueOrKwargs>) -> Result<String, Error> {
-    let mut arguments = Arguments::new(arguments)?;
+    let mut arguments = Arguments::new(state, arguments)?;
     let width = arguments.take::<usize>("width")?.unwrap_or(79);
     let break_long_words = arguments.take::<bool>("break_long_words")?.unwrap_or(true);
     let wrapstring = arguments.take::<String>("wrapstring")?.unwrap_or_else(|| "\n".to_owned());
@@ -219,8 +223,13 @@ fn quote_url(text: &str, keep_slash: bool) -> String {
     out
 }
 
-fn filesizeformat(value: &Value, arguments: Rest<ValueOrKwargs>) -> Result<String, Error> {
-    let mut arguments = Arguments::new(arguments)?;
+fn filesizeformat(
+    state: &State<'_, '_>,
+    value: &Value,
+    arguments: Rest<ValueOrKwargs>,
+) -> Result<String, Error> {
+    bounded::check(state, value)?;
+    let mut arguments = Arguments::new(state, arguments)?;
     let binary = arguments.take::<bool>("binary")?.unwrap_or(false);
     arguments.end()?;
     let number = value.as_str().map_or_else(|| f64::try_from(value.clone()).ok(), |text| text.parse().ok());
@@ -246,7 +255,7 @@ fn filesizeformat(value: &Value, arguments: Rest<ValueOrKwargs>) -> Result<Strin
 }
 
 fn xmlattr(state: &State<'_, '_>, value: &Value, arguments: Rest<ValueOrKwargs>) -> Result<String, Error> {
-    let mut arguments = Arguments::new(arguments)?;
+    let mut arguments = Arguments::new(state, arguments)?;
     let autospace = arguments.take::<bool>("autospace")?.unwrap_or(true);
     arguments.end()?;
     bounded::check(state, value)?;

@@ -12,7 +12,8 @@
 //! - a macro that reads `varargs` gets them as a parameter, and its calls pass them;
 //! - every value that gets a name (`set`, `with`, `for`, the parameters of macros, `loop(…)`) goes through
 //!   the filter `within_bounds`, so that none can grow without bound (see [`super::bounded`]);
-//! - so does every operand of `~`, which writes out what has no name.
+//! - so does what has no name and is written out (operands of `~`, what stands before `in`) or multiplied (what stands
+//!   before `*`).
 
 mod names;
 mod rewrite;
@@ -50,6 +51,6 @@ pub(super) fn prepare(source: &str) -> Result<Prepared, String> {
     scan.percent_formats(&mut edits);
     scan.varargs(&mut edits);
     scan.bounds(&mut edits);
-    scan.concatenated(&mut edits);
+    scan.unnamed(&mut edits);
     Ok(Prepared { text: apply(source, edits), names: scan.names() })
 }

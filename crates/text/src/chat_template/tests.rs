@@ -353,6 +353,11 @@ mod bounds {
             ("not 'a' ~ 'b' == 'ab'", "False"),
             ("'b' in 'a' ~ 'b' and 'c' not in 'a' ~ 'b'", "True"),
             ("none is none ~ ''", "True"),
+            ("2 * -3 * 4", "-24"),
+            ("-2 * 3 + 4 * 5 - 6 / 2", "11.0"),
+            ("'ab' * 2 in 'xababx' and 2 * 2 not in [3]", "True"),
+            ("('a' in 'ab') ~ ('c' not in 'ab')", "TrueTrue"),
+            ("'%s' % 'a' * 2", "aa"),
             ("'%s' % 'a' ~ '%s' % 'b'", "ab"),
             ("{'k': 'a' ~ 1}['k'] ~ 'abc'[(1 ~ '')|length:]", "a1bc"),
         ] {

@@ -11,13 +11,21 @@ pub(super) type Edit = (Range<usize>, Nesting, String);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Nesting {
     EndInner,
-    EndOperand,
+    EndOperand(usize),
     EndOuter,
     EndValue,
     BeginValue,
     BeginOuter,
-    BeginOperand,
+    BeginOperand(usize),
     BeginInner,
+}
+
+/// Operators that have operands to be bounded, from the loosest on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Binds {
+    Comparison,
+    Concatenation,
+    Product,
 }
 
 pub(super) fn apply(source: &str, mut edits: Vec<Edit>) -> String {
@@ -163,23 +171,50 @@ impl Scan<'_> {
         }
     }
 
-    /// What `~` writes out has no name; each of its operands is bounded as if it had.
-    pub(super) fn concatenated(&self, edits: &mut Vec<Edit>) {
+    /// What has no name is bounded where it is written out or multiplied, as if it had one: operands of `~`, what stands
+    /// before `in` (a needle in a text becomes text), and what stands before `*`, so that no product is a constant, which
+    /// the engine would compute while it compiles, unpaid.
+    pub(super) fn unnamed(&self, edits: &mut Vec<Edit>) {
         let mut operands = BTreeSet::new();
         for tag in &self.tags {
-            for tilde in tag.tokens.clone().filter(|&token| self.word(token) == "~") {
-                operands.extend([self.operand_before(tilde, tag), self.operand_after(tilde, tag)]);
+            for token in tag.tokens.clone() {
+                match self.word(token) {
+                    "~" => {
+                        operands.insert(self.operand_before(token, tag, Binds::Concatenation));
+                        operands.insert(self.operand_after(token, tag, Binds::Concatenation));
+                    }
+                    "*" => drop(operands.insert(self.operand_before(token, tag, Binds::Product))),
+                    "in" if self.compares(token, tag) => {
+                        let is_negated = self.word(token - 1) == "not";
+                        let operator = token - usize::from(is_negated);
+                        operands.insert(self.operand_before(operator, tag, Binds::Comparison));
+                    }
+                    _ => {}
+                }
             }
         }
         for (start, end) in operands.into_iter().filter(|(start, end)| start < end) {
             let (from, to) = (self.start(start), self.end(end - 1));
-            edits.push((from..from, Nesting::BeginOperand, "((".to_owned()));
-            edits.push((to..to, Nesting::EndOperand, ")|within_bounds)".to_owned()));
+            // Of operands that begin at one place the longer one is outside, and of those that end at one as well.
+            edits.push((from..from, Nesting::BeginOperand(usize::MAX - end), "((".to_owned()));
+            edits.push((to..to, Nesting::EndOperand(usize::MAX - start), ")|within_bounds)".to_owned()));
         }
     }
 
+    /// Whether an `in` is the operator, and neither a test nor the `in` of a loop.
+    fn compares(&self, token: usize, tag: &Tag) -> bool {
+        let first = tag.tokens.start;
+        let before = if token > first { self.word(token - 1) } else { "" };
+        let is_test =
+            before == "is" || (before == "not" && token > first + 1 && self.word(token - 2) == "is");
+        let of_loop = tag.is_block
+            && self.word(first) == "for"
+            && self.find_outside(first, tag.tokens.end, &["in"]) == Some(token);
+        token > first && !is_test && !of_loop
+    }
+
     /// Tokens of the operand that ends at `operator`: first, and behind the last.
-    fn operand_before(&self, operator: usize, tag: &Tag) -> (usize, usize) {
+    fn operand_before(&self, operator: usize, tag: &Tag, binds: Binds) -> (usize, usize) {
         // The word of a statement is no operand.
         let least = tag.tokens.start + usize::from(tag.is_block);
         let (mut depth, mut first) = (0_usize, operator);
@@ -188,7 +223,7 @@ impl Scan<'_> {
                 ")" | "]" | "}" => depth += 1,
                 "(" | "[" | "{" if depth == 0 => break,
                 "(" | "[" | "{" => depth -= 1,
-                _ if depth == 0 && self.binds_looser(first - 1, least) => break,
+                _ if depth == 0 && self.binds_looser(first - 1, least, binds) => break,
                 _ => {}
             }
             first -= 1;
@@ -197,14 +232,14 @@ impl Scan<'_> {
     }
 
     /// The same of the operand that begins behind `operator`.
-    fn operand_after(&self, operator: usize, tag: &Tag) -> (usize, usize) {
+    fn operand_after(&self, operator: usize, tag: &Tag, binds: Binds) -> (usize, usize) {
         let (mut depth, mut end) = (0_usize, operator + 1);
         while end < tag.tokens.end {
             match self.word(end) {
                 "(" | "[" | "{" => depth += 1,
                 ")" | "]" | "}" if depth == 0 => break,
                 ")" | "]" | "}" => depth -= 1,
-                _ if depth == 0 && self.binds_looser(end, operator + 1) => break,
+                _ if depth == 0 && self.binds_looser(end, operator + 1, binds) => break,
                 _ => {}
             }
             end += 1;
@@ -212,19 +247,21 @@ impl Scan<'_> {
         (operator + 1, end)
     }
 
-    /// Whether a token ends the operand of `~` that may begin at `least`: an operator that binds as `~` or looser, or
+    /// Whether a token ends an operand that may begin at `least`: an operator that binds as the operand's or looser, or
     /// what stands between expressions. A sign binds tighter, and so do tests (`is not none`).
-    fn binds_looser(&self, token: usize, least: usize) -> bool {
+    fn binds_looser(&self, token: usize, least: usize, binds: Binds) -> bool {
         let before = if token > least { self.word(token - 1) } else { "" };
         match self.word(token) {
             "+" | "-" => {
                 let is_sign = matches!(before, "" | "~" | "+" | "-" | "*" | "/" | "//" | "%" | "**");
-                !is_sign
+                binds >= Binds::Concatenation && !is_sign
             }
+            "~" => binds >= Binds::Concatenation,
+            "*" | "/" | "//" | "%" => binds >= Binds::Product,
             "not" | "in" => {
                 before != "is" && !(before == "not" && token > least + 1 && self.word(token - 2) == "is")
             }
-            "~" | "," | ":" | "=" | "==" | "!=" | "<" | ">" | "<=" | ">=" | "and" | "or" | "if" | "else"
+            "," | ":" | "=" | "==" | "!=" | "<" | ">" | "<=" | ">=" | "and" | "or" | "if" | "else"
             | "recursive" => true,
             _ => false,
         }
