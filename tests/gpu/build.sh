@@ -26,13 +26,14 @@ executables "$cargo" build --profile "$profile" -p cadre --bin cadre |
 # A shard's thread is lost in a shared process: a test of the worker's crate that can be told a device.
 executables "$cargo" test --profile "$profile" -p cadre-worker --test worker --no-run |
     while read -r name path; do if [ "$name" = worker ]; then cp "$path" "$out/worker"; fi; done
-executables "$cargo" build --profile "$profile" -p cadre-model --example distances |
-    while read -r name path; do if [ "$name" = distances ]; then cp "$path" "$out/distances"; fi; done
-strip "$out/device" "$out/worker" "$out/cadre" "$out/distances"
+executables "$cargo" build --profile "$profile" -p cadre-model --example distances --example memory |
+    while read -r name path; do case $name in distances | memory) cp "$path" "$out/$name" ;; esac; done
+strip "$out/device" "$out/worker" "$out/cadre" "$out/distances" "$out/memory"
 cp -r "$target/kernels/sm_90a" "$target/kernels/tests" "$out/kernels/"
 rm -f "$out"/kernels/sm_90a/*.log
 cp -r models/pocket "$out/models/"
 mkdir -p "$out/tests/golden"
 cp tests/golden/*.safetensors "$out/tests/golden/"
-cp tests/gpu/run.sh tests/gpu/processes.sh "$out/"
+cp tests/gpu/run.sh tests/gpu/processes.sh tests/gpu/v3.sh "$out/"
+tests/gpu/v3.py "$out/models/v3"
 du -sh "$out"

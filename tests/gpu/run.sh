@@ -100,6 +100,7 @@ for class in cuda-fp8 bf16; do
     held "shard-thread-lost-$class" env CADRE_TEST_DEVICE=cuda:0 CADRE_TEST_NUMERICS="$class" CADRE_TEST_MODEL=models/pocket \
         timeout 120 ./worker shared::a_lost
 done
+source ./v3.sh
 held no-such-device refused "no device cuda:63" ./cadre up --model models/pocket --device cuda:63 --exit-after "x"
 held class-of-gpus-on-cpu refused "cuda-fp8" ./cadre up --model models/pocket --device cpu --numerics cuda-fp8 --exit-after "x"
 

@@ -7,7 +7,13 @@ use cadre_checkpoint::{
     Problem, ProblemKind,
     inspect::{self, Layout, Options},
 };
+use cadre_device::Device;
+use cadre_types::NumericsClass;
+use cadre_worker::options::DEFAULT_KV_BYTES;
 use clap::Args;
+use serde::Serialize;
+
+mod memory;
 
 use crate::{output, progress, weights::WeightsArgs};
 
@@ -24,12 +30,33 @@ pub(crate) struct InspectArgs {
     /// Extra slots per layer over all shards.
     #[arg(long, value_name = "N", default_value_t = 0)]
     redundant_slots: usize,
+    /// Also say what a worker and each shard take of this device (cpu or cuda:N), which need not be in this machine.
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<Device>,
+    /// Numerics class of that device: f32, bf16, fp8 or cuda-fp8.
+    #[arg(long, value_name = "CLASS", default_value_t = NumericsClass::Bf16)]
+    numerics: NumericsClass,
+    /// Bytes of the latent KV cache of that worker.
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_KV_BYTES)]
+    kv_bytes: u64,
+    /// Most rows of a step of that worker. [default: the scheduler's]
+    #[arg(long, value_name = "N")]
+    max_step_tokens: Option<usize>,
     /// Read every weight and judge every number (NaN codes, bad scales), not only the headers.
     #[arg(long)]
     verify: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
+}
+
+/// The report, and memory beside its fields.
+#[derive(Serialize)]
+struct Described<'a> {
+    #[serde(flatten)]
+    report: &'a inspect::Report,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory: Option<&'a memory::Memory>,
 }
 
 /// A finding about the text files, as one of the checkpoint.
@@ -55,10 +82,22 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
         text.problems.into_iter().for_each(|finding| report.problems.push(problem(finding)));
         text.warnings.into_iter().for_each(|finding| report.warnings.push(problem(finding)));
     }
+    let memory = match (args.device, &report.config) {
+        (Some(device), Some(config)) if report.problems.is_empty() => {
+            Some(memory::of(device, args, config, report.layout.as_ref())?)
+        }
+        _ => None,
+    };
     if args.json {
-        output::json(&report)?;
+        output::json(&Described { report: &report, memory: memory.as_ref() })?;
     } else {
+        if !options.weights.is_plain() {
+            output::line(&format!("weights       {}: not the published model", options.weights));
+        }
         output::line(&report.to_string());
+        if let Some(memory) = &memory {
+            output::line(&memory.to_string());
+        }
     }
     match report.problems.total() {
         0 => Ok(()),

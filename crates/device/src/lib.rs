@@ -11,11 +11,11 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use cadre_ops::{Backend, OpsError};
+use cadre_ops::{Backend, OpsError, Sizes};
 pub use cadre_ops_cpu::Isa;
-use cadre_ops_cpu::{CpuBackend, CpuOptions};
-use cadre_ops_cuda::CudaBackend;
+use cadre_ops_cpu::{CpuBackend, CpuOptions, CpuSizes};
 pub use cadre_ops_cuda::CudaError;
+use cadre_ops_cuda::{CudaBackend, CudaSizes};
 use cadre_types::NumericsClass;
 
 pub mod metrics;
@@ -152,6 +152,18 @@ impl BackendOptions {
     /// The machine's device with all it has.
     pub fn new(class: NumericsClass) -> Self {
         Self { device: None, class, threads: None, isa: None }
+    }
+}
+
+/// What allocations take on a device, whether or not this machine has it: for plans. `threads` as in
+/// [`BackendOptions`].
+pub fn sizes(device: Device, class: NumericsClass, threads: Option<usize>) -> Box<dyn Sizes> {
+    match device {
+        Device::Cpu => {
+            let machine = || std::thread::available_parallelism().map_or(1, usize::from);
+            Box::new(CpuSizes { class, threads: threads.unwrap_or_else(machine) })
+        }
+        Device::Cuda(_) => Box::new(CudaSizes { class }),
     }
 }
 

@@ -3,10 +3,13 @@
 use std::sync::Arc;
 
 use cadre_checkpoint::Checkpoint;
-use cadre_ops::{Backend, backend::Ffn};
+use cadre_ops::{Allocation, Backend, ElementType, backend::Ffn};
 use cadre_types::{LayerId, LogicalExpert, ModelConfig};
 
-use crate::loader::{LoadError, Reader};
+use crate::{
+    loader::{LoadError, Reader},
+    plan::{element_type, expert_elements},
+};
 
 /// Names one routed expert of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -42,6 +45,21 @@ impl<B: Backend> ExpertLoader<B> {
     /// Checkpoint bytes of one expert, scales included.
     pub fn expert_bytes(&self, key: ExpertKey) -> Result<u64, LoadError> {
         Ok(self.checkpoint.expert_size(key.layer, key.expert)?)
+    }
+
+    /// Bytes that one expert takes on a backend.
+    pub fn resident_bytes(&self, backend: &B, key: ExpertKey) -> Result<u64, LoadError> {
+        let gate = format!("model.layers.{}.mlp.experts.{}.gate_proj.weight", key.layer.0, key.expert.0);
+        let config = self.checkpoint.config();
+        let elements = match expert_elements(config) {
+            // Quantised matrices have one type only; others may be stored in F32.
+            ElementType::E4m3 => ElementType::E4m3,
+            plain => element_type(&self.checkpoint, &gate).unwrap_or(plain),
+        };
+        let (hidden, inner) = (config.hidden_size, config.moe_intermediate_size);
+        backend
+            .bytes_of(&Allocation::Ffn { hidden, inner, elements })
+            .map_err(|source| LoadError::Backend { tensor: gate, source })
     }
 
     /// Loads one expert.

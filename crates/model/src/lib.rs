@@ -9,9 +9,11 @@ pub mod batch;
 pub mod experts;
 pub mod forward;
 pub mod loader;
+pub mod plan;
 pub mod rope;
 
 pub use batch::{LogitRows, Segment, SegmentKind, StepBatch, StepOutput};
 pub use experts::{ExpertKey, ExpertLoader};
 pub use forward::{LayerTicket, ModelError, Observed, Site, StepObserver, Workspace};
 pub use loader::{LoadError, LoadOptions, LoadProgress, Model};
+pub use plan::{MemoryPlan, MemoryShort, WorkerSizes, element_type, shard_plan, worker_plan};

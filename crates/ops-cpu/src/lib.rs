@@ -27,7 +27,10 @@ mod staging;
 mod system;
 mod table;
 
-pub use backend::{Attention, Buffer, CpuBackend, CpuQueue, DispatchRows, Done, KvCache, KvUp, Vector};
+pub use backend::{
+    Attention, Buffer, CpuBackend, CpuQueue, CpuSizes, DispatchRows, Done, KvCache, KvUp, Vector,
+};
+pub use memory::allocated_bytes;
 pub use options::{CpuOptions, Isa, UnsupportedIsa};
 pub use packed::Weight;
 pub use staging::Staging;

@@ -7,9 +7,20 @@ use std::{
     alloc::{Layout, alloc_zeroed, dealloc},
     ops::{Deref, DerefMut},
     ptr::NonNull,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use cadre_ops::OpsError;
+
+use crate::system;
+
+/// Bytes of all arrays of this process.
+static LIVE: AtomicU64 = AtomicU64::new(0);
+
+/// Bytes of all arrays of this process's backends: weights, caches, buffers, scratch memory.
+pub fn allocated_bytes() -> u64 {
+    LIVE.load(Ordering::Relaxed)
+}
 
 /// Alignment of every array, one cache line.
 const ALIGN: usize = 64;
@@ -50,12 +61,13 @@ impl<T: Plain> Aligned<T> {
         let bytes = len
             .checked_mul(size_of::<T>())
             .filter(|bytes| *bytes < isize::MAX as usize - 2 * HUGE)
-            .ok_or(OpsError::OutOfMemory { op, bytes: usize::MAX })?;
+            .ok_or_else(|| out_of_memory(op, usize::MAX))?;
         if bytes == 0 {
             return Ok(Self { data: NonNull::dangling(), len, backing: Backing::Empty });
         }
         let allocated = if bytes < MAP_FROM { Self::heap(bytes) } else { Self::map(bytes) };
-        let (data, backing) = allocated.ok_or(OpsError::OutOfMemory { op, bytes })?;
+        let (data, backing) = allocated.ok_or_else(|| out_of_memory(op, bytes))?;
+        LIVE.fetch_add(bytes as u64, Ordering::Relaxed);
         Ok(Self { data, len, backing })
     }
 
@@ -99,8 +111,15 @@ impl<T: Plain> Aligned<T> {
     }
 }
 
+fn out_of_memory(op: &'static str, bytes: usize) -> OpsError {
+    OpsError::OutOfMemory { op, bytes, free: system::memory().free }
+}
+
 impl<T: Plain> Drop for Aligned<T> {
     fn drop(&mut self) {
+        if !matches!(self.backing, Backing::Empty) {
+            LIVE.fetch_sub((self.len * size_of::<T>()) as u64, Ordering::Relaxed);
+        }
         match self.backing {
             Backing::Empty => {}
             // SAFETY: allocated in `heap` with this layout, freed once.

@@ -42,7 +42,7 @@ impl StagingPool {
     pub(crate) fn take(self: &Arc<Self>, len: usize) -> Result<Staging, OpsError> {
         let size = match len.max(SMALLEST).checked_next_power_of_two() {
             Some(size) => size,
-            None => return Err(OpsError::OutOfMemory { op: "staging", bytes: len }),
+            None => return Err(OpsError::OutOfMemory { op: "staging", bytes: len, free: None }),
         };
         let kept = {
             let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);

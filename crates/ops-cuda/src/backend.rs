@@ -36,6 +36,7 @@ pub use self::{
     queue::CudaQueue,
     queue::QueueEvent,
     sample::Samples,
+    sizes::CudaSizes,
     staging::Staging,
     step::{Pass, Routing, Step},
     weights::{Attention, KvUp, Vector, Weight},
@@ -87,12 +88,16 @@ impl CudaBackend {
 
     /// Whether the class uses tensor cores.
     fn tensor(&self) -> bool {
-        self.class == NumericsClass::CudaFp8
+        self.sizes().tensor()
+    }
+
+    fn sizes(&self) -> CudaSizes {
+        CudaSizes { class: self.class }
     }
 
     /// Whether the class rounds activations to BF16.
     fn rounds(&self) -> bool {
-        self.class != NumericsClass::F32
+        self.sizes().rounds()
     }
 
     fn plane(&self, op: &'static str, rows: usize, cols: usize, bf16: bool) -> Result<Plane, OpsError> {

@@ -93,7 +93,9 @@ impl CudaError {
 impl From<CudaError> for OpsError {
     fn from(error: CudaError) -> Self {
         match error {
-            CudaError::OutOfMemory { op, bytes, .. } => Self::OutOfMemory { op, bytes },
+            CudaError::OutOfMemory { op, bytes, free } => {
+                Self::OutOfMemory { op, bytes, free: Some(free as u64) }
+            }
             CudaError::Failed { op, message } => Self::Device { op, message },
             other => Self::Device { op: "device", message: other.to_string() },
         }

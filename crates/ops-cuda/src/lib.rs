@@ -18,7 +18,7 @@ mod error;
 pub mod kernels;
 mod launch;
 
-pub use backend::CudaBackend;
+pub use backend::{CudaBackend, CudaSizes};
 pub use device::{CAPABILITY, Device, DeviceInfo, Event, Memory, Pinned, Stream, devices};
 pub use error::CudaError;
 pub use launch::{Arg, Grid};

@@ -42,9 +42,11 @@ pub fn index(op: &'static str, what: &'static str, index: usize, limit: usize) -
 
 /// `a * b`, or the refusal of a size that no machine has.
 pub fn product(op: &'static str, a: usize, b: usize) -> Result<usize, OpsError> {
-    a.checked_mul(b)
-        .filter(|n| *n <= isize::MAX as usize / 16)
-        .ok_or(OpsError::OutOfMemory { op, bytes: usize::MAX })
+    a.checked_mul(b).filter(|n| *n <= isize::MAX as usize / 16).ok_or(OpsError::OutOfMemory {
+        op,
+        bytes: usize::MAX,
+        free: None,
+    })
 }
 
 /// `x [rows.., w.cols]`, `y [rows.., w.rows]`.

@@ -48,12 +48,14 @@ pub enum OpsError {
         expert: usize,
     },
     /// The device has no room.
-    #[error("{op}: cannot allocate {bytes} bytes on the device")]
+    #[error("{op}: {bytes} bytes asked of the device{}", free.map(|free| format!(", {free} free")).unwrap_or_default())]
     OutOfMemory {
         /// The operation.
         op: &'static str,
         /// Requested size.
         bytes: usize,
+        /// Bytes that were free; `None` where nobody can say, or the size is beyond any machine.
+        free: Option<u64>,
     },
     /// The device failed.
     #[error("{op}: {message}")]

@@ -36,7 +36,7 @@ pub use exchange::{DispatchBatch, ExchangeError, ExchangeTicket, ExpertChunk, Ex
 pub use host::{
     ElementType, EncodedRows, HostMatrix, HostMemory, HostRows, HostVector, MatrixData, RowFormat, RowLayout,
 };
-pub use plan::{Allocation, DeviceIdentity, DeviceMemory, PassLimits};
+pub use plan::{Allocation, DeviceIdentity, DeviceMemory, PassLimits, Sizes};
 pub use reference::ReferenceBackend;
 pub use shape::{AttentionShape, GateShape, GroupScore, KvLayout, Scoring};
 pub use step::{AttentionForm, PassInfo, PassRows, RowGroup, SampleRow, StepInfo, StepRows, StepSegment};

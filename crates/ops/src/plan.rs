@@ -1,6 +1,7 @@
 //! Device memory before it is taken: what will be allocated, and how much there is.
 
 use crate::{
+    backend::Backend,
     check,
     error::OpsError,
     host::ElementType,
@@ -120,6 +121,26 @@ impl Allocation<'_> {
             Self::StepScratch { .. } | Self::PassScratch { .. } => 0,
         };
         Ok(elements as u64)
+    }
+}
+
+/// What a device takes: the rules of a backend's allocations, which can be had without the device. Every backend has
+/// them.
+pub trait Sizes {
+    /// As [`Backend::bytes_of`].
+    fn planned(&self, allocation: &Allocation<'_>) -> Result<u64, OpsError>;
+
+    /// As [`Backend::pass_limits`].
+    fn planned_pass(&self, hidden: usize) -> PassLimits;
+}
+
+impl<B: Backend> Sizes for B {
+    fn planned(&self, allocation: &Allocation<'_>) -> Result<u64, OpsError> {
+        self.bytes_of(allocation)
+    }
+
+    fn planned_pass(&self, hidden: usize) -> PassLimits {
+        self.pass_limits(hidden)
     }
 }
 

@@ -15,7 +15,7 @@ use std::{
 };
 
 use cadre_dispatch::{DispatchFrame, Drive, Refusal, RefusalCode, Reply, ShardContract, ShardService};
-use cadre_model::ExpertKey;
+use cadre_model::{ExpertKey, MemoryPlan, MemoryShort};
 use cadre_ops::{Backend, OpsError, backend::Ffn};
 use cadre_types::{Generation, LayerId, LogicalExpert, Placement, PlacementEpoch, ShardIndex};
 use parking_lot::{Mutex, RwLock};
@@ -151,6 +151,14 @@ pub enum ApplyError {
         layer: LayerId,
         /// What the backend said.
         source: OpsError,
+    },
+    /// The device has no room for its experts.
+    #[error("apply {epoch}: {source}")]
+    Memory {
+        /// The placement.
+        epoch: PlacementEpoch,
+        /// What was planned and what there is.
+        source: Box<MemoryShort>,
     },
     /// The shard was told to stop meanwhile, or the placement is not wanted any more.
     #[error("apply {epoch}: given up")]
@@ -460,11 +468,22 @@ impl<B: Backend> Inner<B> {
             })
             .collect();
 
-        let mut sizes = HashMap::new();
+        let (mut sizes, mut plan) = (HashMap::new(), MemoryPlan::default());
         for &key in layers.iter().flat_map(|(_, keys)| keys) {
             let failed = |source| ApplyError::Load { epoch, key, source };
             sizes.insert(key, self.source.expert_bytes(key).map_err(failed)?);
+            if kept(&key).is_none() {
+                plan.weights += self.source.resident_bytes(&self.backend, key).map_err(failed)?;
+            }
         }
+        // Before the first byte is read: a card that is too small is known in seconds, not after minutes.
+        plan.check(
+            &shard.to_string(),
+            &self.backend.identity().device,
+            &self.backend.memory(),
+            cadre_model::plan::SHARD_ADVICE,
+        )
+        .map_err(|source| ApplyError::Memory { epoch, source })?;
         self.bytes_read.store(0, Ordering::Release);
         self.bytes_expected.store(sizes.values().sum(), Ordering::Release);
 

@@ -14,6 +14,11 @@ pub trait ExpertSource<B: Backend>: Send + Sync + 'static {
     /// Bytes that loading this expert reads.
     fn expert_bytes(&self, key: ExpertKey) -> Result<u64, SourceError>;
 
+    /// Bytes that it takes on the backend once loaded; 0 if nobody planned.
+    fn resident_bytes(&self, _: &B, _: ExpertKey) -> Result<u64, SourceError> {
+        Ok(0)
+    }
+
     /// Loads it. Called from one thread at a time.
     fn load(&self, key: ExpertKey) -> Result<Loaded<B::Weight>, SourceError>;
 }
@@ -44,6 +49,10 @@ impl<B: Backend> CheckpointSource<B> {
 impl<B: Backend> ExpertSource<B> for CheckpointSource<B> {
     fn expert_bytes(&self, key: ExpertKey) -> Result<u64, SourceError> {
         Ok(self.loader.expert_bytes(key)?)
+    }
+
+    fn resident_bytes(&self, backend: &B, key: ExpertKey) -> Result<u64, SourceError> {
+        Ok(self.loader.resident_bytes(backend, key)?)
     }
 
     fn load(&self, key: ExpertKey) -> Result<Loaded<B::Weight>, SourceError> {

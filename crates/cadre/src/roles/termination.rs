@@ -9,7 +9,7 @@ use std::{error::Error, io, path::Path};
 use cadre_checkpoint::{CheckpointError, ProblemKind};
 use cadre_device::{CudaError, Device, DeviceError};
 use cadre_dispatch::{GenerationRefused, membership::MembershipError};
-use cadre_model::loader::LoadError;
+use cadre_model::{MemoryShort, loader::LoadError};
 use cadre_operator::OperatorError;
 use cadre_ops::OpsError;
 use cadre_router::RouterError;
@@ -89,6 +89,9 @@ fn of_one(error: &(dyn Error + 'static)) -> Option<Reason> {
     if let Some(error) = error.downcast_ref::<LoadError>() {
         return match error {
             LoadError::Checkpoint(error) => Some(of_checkpoint(error)),
+            LoadError::Backend { source: OpsError::OutOfMemory { .. }, .. } => {
+                Some(Reason::InsufficientMemory)
+            }
             LoadError::Backend { .. } => None,
         };
     }
@@ -101,6 +104,9 @@ fn of_one(error: &(dyn Error + 'static)) -> Option<Reason> {
         };
     }
     if let Some(OpsError::OutOfMemory { .. }) = error.downcast_ref() {
+        return Some(Reason::InsufficientMemory);
+    }
+    if error.is::<Box<MemoryShort>>() || error.is::<MemoryShort>() {
         return Some(Reason::InsufficientMemory);
     }
     if error.is::<GenerationRefused>() {
@@ -265,7 +271,7 @@ mod tests {
         assert_eq!(on(device, DeviceError::Static { device }), Reason::AcceleratorUnsupportedByImage);
         let loading = || LoadError::Backend {
             tensor: "lm_head".into(),
-            source: OpsError::OutOfMemory { op: "upload", bytes: 1 << 40 },
+            source: OpsError::OutOfMemory { op: "upload", bytes: 1 << 40, free: Some(1 << 30) },
         };
         assert_eq!(on(device, loading()), Reason::AcceleratorOutOfMemory);
         assert_eq!(reason(loading()), Reason::InsufficientMemory, "the host's");
@@ -283,7 +289,7 @@ mod tests {
         let broken = Checkpoint::open(dir.path()).unwrap_err();
         assert_eq!(reason(broken), Reason::CheckpointInvalid);
 
-        let memory = OpsError::OutOfMemory { op: "alloc", bytes: 1 << 40 };
+        let memory = OpsError::OutOfMemory { op: "alloc", bytes: 1 << 40, free: None };
         let loading = LoadError::Backend { tensor: "lm_head".into(), source: memory };
         let key = cadre_model::ExpertKey { layer: LayerId(3), expert: LogicalExpert(7) };
         let applying = ApplyError::Load { epoch: PlacementEpoch(1), key, source: Box::new(loading) };

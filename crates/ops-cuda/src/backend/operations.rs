@@ -6,14 +6,14 @@ use bytes::Bytes;
 use cadre_ops::{
     Allocation, AttentionShape, Backend, DeviceIdentity, DeviceMemory, DrawnMatrix, EncodedRows, ExpertRows,
     Ffn, GateShape, HostMatrix, HostVector, KvLayout, OpsError, PassLimits, PassRows, RowFormat, SampleRow,
-    StepInfo, StepRows, check, check::Dims,
+    Sizes, StepInfo, StepRows, check, check::Dims,
 };
 use cadre_sampler::{Sample, SampleError};
 use cadre_types::{NumericsClass, PageId, Position, config::ScaleFormat};
 
 use super::{
-    Attention, CudaBackend, CudaQueue, ExpertTable, KvCache, KvUp, PASS, Pass, Plane, QueueEvent, Routing,
-    Rows, Samples, Staging, Step, Vector, Weight, attend, routed, rows, transfer,
+    Attention, CudaBackend, CudaQueue, ExpertTable, KvCache, KvUp, Pass, Plane, QueueEvent, Routing, Rows,
+    Samples, Staging, Step, Vector, Weight, attend, routed, rows, transfer,
 };
 use crate::device::Memory;
 
@@ -72,11 +72,11 @@ impl Backend for CudaBackend {
     }
 
     fn bytes_of(&self, allocation: &Allocation<'_>) -> Result<u64, OpsError> {
-        self.size(allocation)
+        self.sizes().planned(allocation)
     }
 
-    fn pass_limits(&self, _: usize) -> PassLimits {
-        PASS
+    fn pass_limits(&self, hidden: usize) -> PassLimits {
+        self.sizes().planned_pass(hidden)
     }
 
     fn runs_at_once(&self) -> bool {

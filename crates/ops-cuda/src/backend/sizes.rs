@@ -1,18 +1,42 @@
 //! Bytes on the device of what a process plans to hold.
 
-use cadre_ops::{Allocation, ElementType, OpsError, RowFormat, check, check::Dims};
+use cadre_ops::{Allocation, ElementType, OpsError, PassLimits, RowFormat, Sizes, check, check::Dims};
+use cadre_types::NumericsClass;
 
 use super::{
-    CudaBackend, attend,
+    PASS, attend,
     planes::{plane_bytes, rows_bytes},
     product::inner_bytes,
     step, tensor,
     weights::{element_bytes, panel_bytes, scale_bytes, up_row},
 };
 
-impl CudaBackend {
-    /// What [`Allocation`] takes; the same numbers that the allocating operations use.
-    pub(crate) fn size(&self, allocation: &Allocation<'_>) -> Result<u64, OpsError> {
+/// The rules of a GPU that computes in a class.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaSizes {
+    /// The numerics class.
+    pub class: NumericsClass,
+}
+
+impl CudaSizes {
+    /// Whether products go to tensor cores where they can.
+    pub(crate) fn tensor(self) -> bool {
+        self.class == NumericsClass::CudaFp8
+    }
+
+    /// Whether the class rounds activations to BF16.
+    pub(crate) fn rounds(self) -> bool {
+        self.class != NumericsClass::F32
+    }
+}
+
+impl Sizes for CudaSizes {
+    fn planned_pass(&self, _: usize) -> PassLimits {
+        PASS
+    }
+
+    /// The same numbers that the allocating operations use.
+    fn planned(&self, allocation: &Allocation<'_>) -> Result<u64, OpsError> {
         let op = "bytes_of";
         let matrix = |rows, cols, elements| -> Result<usize, OpsError> {
             let dims = Dims { rows, cols };

@@ -60,7 +60,7 @@ impl StagingPool {
     /// A block of `len` bytes: sizes are rounded up to powers of two.
     pub(crate) fn take(self: &Arc<Self>, len: usize) -> Result<Staging, OpsError> {
         let Some(size) = len.max(SMALLEST).checked_next_power_of_two() else {
-            return Err(OpsError::OutOfMemory { op: "staging", bytes: len });
+            return Err(OpsError::OutOfMemory { op: "staging", bytes: len, free: None });
         };
         let kept = {
             let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);

@@ -10,7 +10,7 @@ use cadre_checkpoint::Checkpoint;
 use cadre_device::{BackendOptions, DeviceMeter, OnBackend, OpenDevice};
 use cadre_dispatch::{Dispatcher, IoThread};
 use cadre_engine::{Engine, EngineParts};
-use cadre_model::{LoadOptions, LoadProgress, Model};
+use cadre_model::{LoadOptions, LoadProgress, Model, WorkerSizes, element_type, plan, worker_plan};
 use cadre_ops::{Backend, DispatchBatch, ExchangeError, ExchangeTicket, ExpertExchange, ExpertRows};
 use cadre_scheduler::SchedulerConfig;
 
@@ -50,17 +50,17 @@ impl OnBackend for Load {
         let Self { checkpoint, scheduler, dispatcher, io, timeouts, report, metrics, .. } = self;
         // Set once: this is the only device of the process.
         let _ = report.device.set(DeviceMeter::of(&backend));
+        let mtp = checkpoint.config().drafts();
+        let sizes = WorkerSizes { mtp, pages: scheduler.pages as usize, rows: scheduler.max_step_tokens };
+        let plan =
+            worker_plan(&*backend, checkpoint.config(), &|name| element_type(&checkpoint, name), sizes)?;
+        plan.check("worker", &backend.identity().device, &backend.memory(), plan::WORKER_ADVICE)?;
         tracing::info!(backend = backend.describe(), "loading weights");
         let began = Instant::now();
         let mut told = 0;
         let mut progress = |progress| note(&report, &metrics, progress, &mut told);
-        let model = Model::load(
-            backend,
-            &checkpoint,
-            &LoadOptions { mtp: checkpoint.config().drafts() },
-            &mut progress,
-        )
-        .with_context(|| format!("load {}", checkpoint.dir().display()))?;
+        let model = Model::load(backend, &checkpoint, &LoadOptions { mtp }, &mut progress)
+            .with_context(|| format!("load {}", checkpoint.dir().display()))?;
         report.weights_digest.store(model.weights_digest(), Ordering::Relaxed);
         tracing::info!(seconds = began.elapsed().as_secs_f64(), "weights loaded");
         let (handoff_timeout, handoff_begin_timeout) = timeouts;
