@@ -253,8 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) expert_block(const __gr
               u32 ready;
               asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(ready) : "l"(a.sync + group) : "memory");
               if (ready >= (u32)up_tiles) break;
-              if (now() - start > LONGEST_WAIT) atomicExch(a.error, ERROR_WAIT);
-              if (*(volatile int*)a.error) break;
+              if (!may_wait(start, a.error)) break;
             }
             fence_all();
           }

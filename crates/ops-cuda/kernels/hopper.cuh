@@ -25,15 +25,23 @@ __device__ __forceinline__ bool barrier_try(u32 b, int phase) {
 __device__ __forceinline__ u64 now() { u64 t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }
 // Nanoseconds: a stage takes microseconds; tools that slow the device a thousandfold still fit.
 enum : u64 { LONGEST_WAIT = 4000000000ull };
-// Waits at most LONGEST_WAIT and gives up at once where another thread gave up before (then false): a defect ends in a flag that the host
+// The error word lies in host memory: a look at it crosses the bus, and thousands of threads that look in every turn of a wait slow a kernel
+// down hundreds of times. Nobody looks before this time is over.
+enum : u64 { PATIENCE = 1000000ull };
+// Whether who has waited since `start` has to go on.
+__device__ __forceinline__ bool may_wait(u64 start, int* error) {
+  u64 waited = now() - start;
+  if (waited < PATIENCE) return true;
+  if (waited > LONGEST_WAIT) atomicExch(error, ERROR_WAIT);
+  return !*(volatile int*)error;
+}
+// Waits at most LONGEST_WAIT and gives up soon where another thread gave up before (then false): a defect ends in a flag that the host
 // reads, never in a device that hangs.
 __device__ __forceinline__ bool barrier_wait(u32 b, int phase, int* error) {
   if (barrier_try(b, phase)) return true;
   u64 start = now();
-  while (!barrier_try(b, phase)) {
-    if (now() - start > LONGEST_WAIT) atomicExch(error, ERROR_WAIT);
-    if (*(volatile int*)error) return false;
-  }
+  while (!barrier_try(b, phase))
+    if (!may_wait(start, error)) return false;
   return true;
 }
 
