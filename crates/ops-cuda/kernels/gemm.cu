@@ -19,6 +19,7 @@ struct GemmArgs {
   const u8* x;         // rows: e4m3 or bf16; the pages of one layer's latents with x_mode 1
   const float* xs;     // e4m3: scales of x, [rows][xs_row]
   const int* gather;   // input row of each pair, or null: the pair's own number
+  const int* scatter;  // Y_BF16: output row of each pair, or null: the pair's own number
   const u8* w;         // packed weights of group 0 (without table)
   const float* ws;     // e4m3: scales of w (without table)
   const u64* table;    // null, or per group {gate_up, its scales, down, its scales}
@@ -36,7 +37,7 @@ struct GemmArgs {
   int table_at;        // 0: gate_up, 2: down
   int x_mode, y_mode, y_sub;
 };
-static_assert(sizeof(GemmArgs) == 168, "the host's copy of this struct");
+static_assert(sizeof(GemmArgs) == 176, "the host's copy of this struct");
 
 enum { X_ROWS = 0, X_PAGES = 1 };
 enum { Y_BF16 = 0, Y_F32 = 1, Y_QUERY_TILES = 2, Y_KEY_TILES = 3, Y_SWIGLU = 4 };
@@ -180,7 +181,7 @@ template <int N, bool F8, int W> static __device__ __forceinline__ void store(co
       } else if (a.y_mode == Y_F32) {
         *(float2*)((float*)a.y + task.group * a.y_group + row * a.y_row + column) = make_float2(low, high);
       } else {
-        i64 to = task.group * a.y_group + row * a.y_row + column;
+        i64 to = task.group * a.y_group + (a.scatter ? a.scatter[row] : row) * a.y_row + column;
         int inner = ((column >> 3) & 7), tile_row;
         if (a.y_mode == Y_QUERY_TILES) { // rows of a tile are heads
           tile_row = task.group & 63;

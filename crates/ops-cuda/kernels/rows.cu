@@ -31,12 +31,6 @@ extern "C" __global__ void embed(
     }
 }
 
-// y[rows[i]] = x[i], rows of `words` words of 4 bytes.
-extern "C" __global__ void scatter_rows(const u32 *x, const u32 *rows, u32 words, u32 *y) {
-    u64 from = blockIdx.x, to = rows[blockIdx.x];
-    for (u32 k = threadIdx.x; k < words; k += blockDim.x) y[to * words + k] = x[from * words + k];
-}
-
 // x += delta
 extern "C" __global__ void add(float *x, const u8 *delta, u32 bf16, u64 elements) {
     u64 step = (u64)gridDim.x * blockDim.x;

@@ -71,8 +71,6 @@ macro_rules! kernels {
 kernels! {
     /// Rows of a packed table.
     Embed = "rows" "embed" [P, P, U32, U32, U32, P, P];
-    /// Rows to places.
-    ScatterRows = "rows" "scatter_rows" [P, P, U32, P];
     /// Residual sum.
     Add = "rows" "add" [P, P, U32, U64];
     /// Element types.
@@ -141,41 +139,41 @@ kernels! {
     /// The same on F32 rows.
     QuantiseF32 = "quantise" "quantise_f32" [P, U64, P, P, P, U32, U32, U32];
     /// Tensor-core product, whole tiles, 8 rows.
-    GemmFp8N8 = "gemm" "gemm_fp8_n8" [Struct(168)] shared;
+    GemmFp8N8 = "gemm" "gemm_fp8_n8" [Struct(176)] shared;
     /// Tensor-core product, whole tiles, 16 rows.
-    GemmFp8N16 = "gemm" "gemm_fp8_n16" [Struct(168)] shared;
+    GemmFp8N16 = "gemm" "gemm_fp8_n16" [Struct(176)] shared;
     /// Tensor-core product, whole tiles, 32 rows.
-    GemmFp8N32 = "gemm" "gemm_fp8_n32" [Struct(168)] shared;
+    GemmFp8N32 = "gemm" "gemm_fp8_n32" [Struct(176)] shared;
     /// Tensor-core product, whole tiles, 64 rows.
-    GemmFp8N64 = "gemm" "gemm_fp8_n64" [Struct(168)] shared;
+    GemmFp8N64 = "gemm" "gemm_fp8_n64" [Struct(176)] shared;
     /// Tensor-core product, whole tiles, 128 rows.
-    GemmFp8N128 = "gemm" "gemm_fp8_n128" [Struct(168)] shared;
+    GemmFp8N128 = "gemm" "gemm_fp8_n128" [Struct(176)] shared;
     /// Tensor-core product, half tiles, 8 rows.
-    GemmFp8H8 = "gemm" "gemm_fp8_h8" [Struct(168)] shared;
+    GemmFp8H8 = "gemm" "gemm_fp8_h8" [Struct(176)] shared;
     /// Tensor-core product, half tiles, 16 rows.
-    GemmFp8H16 = "gemm" "gemm_fp8_h16" [Struct(168)] shared;
+    GemmFp8H16 = "gemm" "gemm_fp8_h16" [Struct(176)] shared;
     /// Tensor-core product, half tiles, 32 rows.
-    GemmFp8H32 = "gemm" "gemm_fp8_h32" [Struct(168)] shared;
+    GemmFp8H32 = "gemm" "gemm_fp8_h32" [Struct(176)] shared;
     /// Tensor-core product, half tiles, 64 rows.
-    GemmFp8H64 = "gemm" "gemm_fp8_h64" [Struct(168)] shared;
+    GemmFp8H64 = "gemm" "gemm_fp8_h64" [Struct(176)] shared;
     /// Tensor-core product, whole tiles, 8 rows.
-    GemmBf16N8 = "gemm" "gemm_bf16_n8" [Struct(168)] shared;
+    GemmBf16N8 = "gemm" "gemm_bf16_n8" [Struct(176)] shared;
     /// Tensor-core product, whole tiles, 16 rows.
-    GemmBf16N16 = "gemm" "gemm_bf16_n16" [Struct(168)] shared;
+    GemmBf16N16 = "gemm" "gemm_bf16_n16" [Struct(176)] shared;
     /// Tensor-core product, whole tiles, 32 rows.
-    GemmBf16N32 = "gemm" "gemm_bf16_n32" [Struct(168)] shared;
+    GemmBf16N32 = "gemm" "gemm_bf16_n32" [Struct(176)] shared;
     /// Tensor-core product, whole tiles, 64 rows.
-    GemmBf16N64 = "gemm" "gemm_bf16_n64" [Struct(168)] shared;
+    GemmBf16N64 = "gemm" "gemm_bf16_n64" [Struct(176)] shared;
     /// Tensor-core product, whole tiles, 128 rows.
-    GemmBf16N128 = "gemm" "gemm_bf16_n128" [Struct(168)] shared;
+    GemmBf16N128 = "gemm" "gemm_bf16_n128" [Struct(176)] shared;
     /// Tensor-core product, half tiles, 8 rows.
-    GemmBf16H8 = "gemm" "gemm_bf16_h8" [Struct(168)] shared;
+    GemmBf16H8 = "gemm" "gemm_bf16_h8" [Struct(176)] shared;
     /// Tensor-core product, half tiles, 16 rows.
-    GemmBf16H16 = "gemm" "gemm_bf16_h16" [Struct(168)] shared;
+    GemmBf16H16 = "gemm" "gemm_bf16_h16" [Struct(176)] shared;
     /// Tensor-core product, half tiles, 32 rows.
-    GemmBf16H32 = "gemm" "gemm_bf16_h32" [Struct(168)] shared;
+    GemmBf16H32 = "gemm" "gemm_bf16_h32" [Struct(176)] shared;
     /// Tensor-core product, half tiles, 64 rows.
-    GemmBf16H64 = "gemm" "gemm_bf16_h64" [Struct(168)] shared;
+    GemmBf16H64 = "gemm" "gemm_bf16_h64" [Struct(176)] shared;
     /// The whole expert block in one launch.
     ExpertBlock = "expert_block" "expert_block" [Struct(128)] shared;
     /// Cuts decode rows into pieces.
@@ -190,6 +188,8 @@ kernels! {
     MlaPrefill64 = "mla_prefill" "mla_prefill_64" [Struct(104)] shared;
     /// Naive attention, 128 columns a head.
     MlaPrefill128 = "mla_prefill" "mla_prefill_128" [Struct(104)] shared;
+    /// The yardstick of `cadre bench kernels`.
+    ReadAll = "measure" "read_all" [P, U64, P];
     /// What a greedy token needs.
     Largest = "sample" "largest" [P, U32, P, P];
     /// What a drawn token needs.

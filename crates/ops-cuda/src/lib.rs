@@ -17,6 +17,7 @@ mod device;
 mod error;
 pub mod kernels;
 mod launch;
+pub mod measure;
 
 pub use backend::{CudaBackend, CudaSizes};
 pub use device::{CAPABILITY, Device, DeviceInfo, Event, Memory, Pinned, Stream, devices};

@@ -177,14 +177,14 @@ struct Block { // scratch of the grouped block
   Block(int pairs, int inner, int hidden) : h((size_t)pairs * inner), y((size_t)pairs * hidden), hc((size_t)pairs * inner), hs((size_t)pairs * ((inner + 127) / 128)) {}
   void poison() { h.bytes(0xff); y.bytes(0xff); hc.bytes(0x7f); hs.bytes(0xff); }
 };
-static void grouped(const Experts& ex, const Rows& x, const Entry& e, const int* counts, const int* offsets, const int* gather, int groups, int pairs, const u64* table, Block& b) {
+static void grouped(const Experts& ex, const Rows& x, const Entry& e, const int* counts, const int* offsets, const int* gather, int groups, int pairs, const u64* table, Block& b, const int* scatter = nullptr) {
   GemmArgs a = {};
   a.x = x.data(); a.xs = x.xs.p; a.gather = gather; a.table = table; a.counts = counts; a.offsets = offsets; a.y = b.h.p;
   a.x_row = x.f8 ? x.k : x.k * 2; a.xs_row = x.kb; a.y_row = ex.inner; a.groups = groups; a.n = ex.inner; a.k = ex.hidden; a.table_at = 0; a.y_mode = Y_SWIGLU;
   run(e, a);
   if (x.f8) { quantise_bf16<<<512, 256>>>(b.h.p, ex.inner, b.hc.p, b.hs.p, nullptr, pairs, ex.inner, 0); CK(cudaGetLastError()); }
   a.x = x.f8 ? b.hc.p : (const u8*)b.h.p; a.xs = b.hs.p; a.gather = nullptr; a.y = b.y.p; a.x_row = x.f8 ? ex.inner : ex.inner * 2; a.xs_row = (ex.inner + 127) / 128; a.y_row = ex.hidden; a.n = ex.hidden; a.k = ex.inner;
-  a.table_at = 2; a.y_mode = Y_BF16;
+  a.table_at = 2; a.y_mode = Y_BF16; a.scatter = scatter;
   run(e, a);
 }
 struct Fused {
@@ -218,13 +218,21 @@ static void experts(bool f8, int count, int inner, int hidden, std::vector<int> 
     if (h0.empty()) { h0 = h; y0 = y; }
     else { differ += memcmp(h.data(), h0.data(), h.size() * 2) != 0; differ += memcmp(y.data(), y0.data(), y.size() * 2) != 0; }
   }
+  // results in another order
+  std::vector<int> back(pairs);
+  for (int p = 0; p < pairs; p++) back[p] = pairs - 1 - p;
+  Device<int> scatter(back);
+  for (auto& e : all) {
+    Block c(pairs, inner, hidden);
+    c.poison();
+    grouped(ex, x, e, counts.p, offsets.p, gather.p, count, pairs, ex.table.p, c, scatter.p);
+    auto got = c.y.get();
+    for (int p = 0; p < pairs; p++) differ += memcmp(&got[(size_t)back[p] * hidden], &y0[(size_t)p * hidden], hidden * 2) != 0;
+  }
   // the whole block in one launch, with several grids, and again with other counts
   if (fusable(ex, most)) {
     Fused f(ex, count);
     Device<uint16_t> y((size_t)pairs * hidden);
-    std::vector<int> back(pairs);
-    for (int p = 0; p < pairs; p++) back[p] = pairs - 1 - p;
-    Device<int> scatter(back);
     for (int grid : {0, 0, 40, 1, 3 * multiprocessors() + 5}) {
       y.bytes(0xff);
       fused(ex, x, f, counts.p, offsets.p, gather.p, count, y.p, grid);

@@ -1,6 +1,6 @@
 //! A queue: a stream with scratch memory of its own, a ring for small arguments, and what the device still reads.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{cell::RefCell, collections::VecDeque, sync::Arc};
 
 use bytes::Bytes;
 use cadre_ops::OpsError;
@@ -53,6 +53,8 @@ pub struct CudaQueue {
     /// Memory that is zero between launches.
     zeros: Option<Memory>,
     fault: Arc<Fault>,
+    /// Launches with the events around them, where they are timed.
+    timed: Option<RefCell<Vec<(Kernel, Event, Event)>>>,
 }
 
 /// A word that kernels write when they give up a bounded wait; zero as long as all is well.
@@ -121,6 +123,7 @@ impl CudaQueue {
             ring: Ring::new(device, RING_BYTES)?,
             held: VecDeque::new(),
             zeros: None,
+            timed: None,
             fault: Arc::new(Fault(Pinned::new(device, "queue", 4)?)),
         })
     }
@@ -216,7 +219,25 @@ impl CudaQueue {
 
     /// Queues a kernel.
     pub(crate) fn launch(&self, kernel: Kernel, grid: Grid, args: &[Arg<'_>]) -> Result<(), OpsError> {
-        Ok(self.stream.launch(kernel, grid, args)?)
+        let Some(timed) = &self.timed else { return Ok(self.stream.launch(kernel, grid, args)?) };
+        let begun = self.stream.record_timed("launch")?;
+        self.stream.launch(kernel, grid, args)?;
+        timed.borrow_mut().push((kernel, begun, self.stream.record_timed("launch")?));
+        Ok(())
+    }
+
+    /// Begins or ends to time every launch.
+    pub(crate) fn time_launches(&mut self, timed: bool) {
+        self.timed = timed.then(RefCell::default);
+    }
+
+    /// Launches that were timed, and their seconds; waits.
+    pub(crate) fn laps(&self, op: &'static str) -> Result<Vec<(Kernel, f64)>, OpsError> {
+        self.finish(op)?;
+        let Some(timed) = &self.timed else { return Ok(Vec::new()) };
+        let seconds =
+            |(kernel, begun, ended): &(Kernel, Event, Event)| Ok((*kernel, ended.seconds_since(begun, op)?));
+        timed.borrow().iter().map(seconds).collect()
     }
 }
 

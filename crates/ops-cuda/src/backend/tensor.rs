@@ -98,6 +98,7 @@ pub(crate) struct GemmArgs {
     pub(crate) x: u64,
     pub(crate) xs: u64,
     pub(crate) gather: u64,
+    pub(crate) scatter: u64,
     pub(crate) w: u64,
     pub(crate) ws: u64,
     pub(crate) table: u64,

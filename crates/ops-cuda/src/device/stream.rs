@@ -49,8 +49,16 @@ impl Stream {
 
     /// An event that is done when everything queued so far is.
     pub fn record(&self, op: &'static str) -> Result<Event, CudaError> {
+        self.record_with(op, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// The same that also keeps the time, which costs the device a little.
+    pub(crate) fn record_timed(&self, op: &'static str) -> Result<Event, CudaError> {
+        self.record_with(op, sys::CUevent_flags::CU_EVENT_DEFAULT)
+    }
+
+    fn record_with(&self, op: &'static str, flags: sys::CUevent_flags) -> Result<Event, CudaError> {
         self.device.enter()?;
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
         let raw = result::event::create(flags).map_err(CudaError::failed(op))?;
         let event = Event { device: self.device.clone(), raw };
         // SAFETY: both live.
@@ -144,6 +152,15 @@ impl Event {
             Err(error) if error.0 == CUresult::CUDA_ERROR_NOT_READY => Ok(false),
             Err(error) => Err(CudaError::failed(op)(error)),
         }
+    }
+
+    /// Seconds since an earlier one; both keep the time and are done.
+    pub(crate) fn seconds_since(&self, earlier: &Self, op: &'static str) -> Result<f64, CudaError> {
+        self.device.enter()?;
+        // SAFETY: both live.
+        let milliseconds =
+            unsafe { result::event::elapsed(earlier.raw, self.raw) }.map_err(CudaError::failed(op))?;
+        Ok(f64::from(milliseconds) / 1e3)
     }
 
     /// Waits until it is.

@@ -92,7 +92,7 @@ impl CudaBackend {
             return self.whole_blocks(op, queue, pass, experts, x, y);
         }
         if experts.kinds.0.iter().chain(&experts.kinds.1).any(|kind| kind.tiles) {
-            return self.tile_experts(op, queue, pass, experts, shape, x, y);
+            return self.experts_in_products(op, queue, pass, experts, x, y);
         }
         let (tasks, count) = pass.tasks();
         let which = |table, kind| Which::Experts { table, kind, tasks, count };
@@ -106,19 +106,18 @@ impl CudaBackend {
         self.block(op, queue, &gate_up, &down, shape, pairs, output)
     }
 
-    /// Experts of which some lie in tiles. What is computed on CUDA cores comes first where it writes every pair, and
-    /// last where it writes its own.
-    #[allow(clippy::too_many_arguments, reason = "the trait's operation and its shape")]
-    fn tile_experts(
+    /// Experts of which some lie in tiles, by products. In the first half what is computed on CUDA cores comes first: its
+    /// SwiGLU writes every pair.
+    pub(crate) fn experts_in_products(
         &self,
         op: &'static str,
         queue: &mut CudaQueue,
         pass: &Pass,
         experts: &ExpertTable,
-        shape: &Ffn<Weight>,
         x: &Rows,
         y: &Plane,
     ) -> Result<(), OpsError> {
+        let Some(shape) = experts.experts.first() else { return Ok(()) };
         let (pairs, inner, hidden) = (pass.info().pairs, shape.inner, shape.down.dims.rows);
         let (tasks, count) = pass.tasks();
         let mut plain = Vec::new();
@@ -159,25 +158,17 @@ impl CudaBackend {
                 args,
             )?;
         }
-        let bytes = check::product(op, pairs, hidden * 2)?;
-        let ordered = queue.scratch(op, Scratch::Wide, bytes)?;
-        if experts.kinds.1.iter().any(|kind| !kind.tiles) {
-            // All pairs are moved, also those that are not made here.
-            queue.stream.zero(op, ordered, bytes)?;
-        }
-        let mut scattered = false;
         for kind in experts.kinds.1.iter().filter(|kind| kind.tiles) {
             let a = self.prepared(op, queue, a, Dims { rows: pairs, cols: inner }, *kind)?;
-            let args = GemmArgs { y: ordered, y_row: hidden as i64, n: hidden as i32, ..GemmArgs::default() };
+            let args = GemmArgs {
+                y: y.memory.address(),
+                y_row: hidden as i64,
+                n: hidden as i32,
+                scatter: pass.output(),
+                ..GemmArgs::default()
+            };
             let input = a.codes.unwrap_or((a.values, 0));
             self.grouped(op, queue, pass, experts, *kind, false, input, 0, inner, args)?;
-            scattered = true;
-        }
-        if scattered {
-            // An even number of outputs: whole words.
-            let args =
-                [Arg::Pointer(ordered), Arg::Pointer(pass.output()), Arg::U32(hidden as u32 / 2), y.into()];
-            queue.launch(Kernel::ScatterRows, Grid::of(pairs, 128), &args)?;
         }
         let output = Output { rows: pass.output(), ..Output::of(y) };
         for kind in experts.kinds.1.iter().filter(|kind| !kind.tiles) {
