@@ -27,6 +27,22 @@ use crate::metrics::RouterMetrics;
 /// How often imbalance is computed from the load window.
 pub(super) const IMBALANCE_INTERVAL: Duration = Duration::from_secs(5);
 
+/// Pairs that a shard has had in a layer, on the mean, before imbalance says anything: the proofs of members are a few, and
+/// the largest of a few counts is far from their mean by chance.
+const TELLING_PAIRS: f64 = 64.0;
+
+/// Imbalance over layers of (imbalance, pairs per shard), weighted by their pairs; `None` while there are too few.
+fn overall<'a>(layers: impl Iterator<Item = (f64, &'a [f64])>) -> Option<f64> {
+    let (mut weighted, mut total, mut counts) = (0.0, 0.0, 0_usize);
+    for (imbalance, pairs) in layers {
+        let of_layer: f64 = pairs.iter().sum();
+        weighted += imbalance * of_layer;
+        total += of_layer;
+        counts += pairs.len();
+    }
+    (total > 0.0 && total >= TELLING_PAIRS * counts as f64).then(|| weighted / total)
+}
+
 /// Least time between two statuses for the operator, after the first.
 pub(super) const STATUS_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -323,15 +339,12 @@ impl Owner {
             // Both are built from the same layers and experts.
             Err(error) => return tracing::error!(%error, "imbalance of the placement in force"),
         };
-        let (mut weighted, mut total) = (0.0, 0.0);
-        for layer in report.layers {
-            let tokens: f64 = layer.tokens_per_shard.iter().sum();
-            weighted += layer.imbalance * tokens;
-            total += tokens;
+        for layer in &report.layers {
             let name = layer.layer.0.to_string();
             self.metrics.imbalance.with(&[&name]).set(layer.imbalance);
         }
-        self.imbalance = (total > 0.0).then(|| weighted / total);
+        let layers = report.layers.iter();
+        self.imbalance = overall(layers.map(|layer| (layer.imbalance, layer.tokens_per_shard.as_slice())));
     }
 
     fn describe(&self) -> Value {
@@ -401,4 +414,18 @@ fn labels(member: &Member) -> (&'static str, &'static str) {
         MemberState::Draining => "draining",
     };
     (role, state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_few_pairs_are_no_imbalance() {
+        let over = |pairs: &[f64]| overall([(1.5, pairs), (1.1, pairs)].into_iter());
+        assert_eq!(overall(std::iter::empty()), None);
+        assert_eq!((over(&[0.0, 0.0]), over(&[3.0, 1.0]), over(&[96.0, 31.0])), (None, None, None));
+        let told = over(&[96.0, 32.0]).unwrap_or_default();
+        assert!((told - 1.3).abs() < 1e-9, "{told}");
+    }
 }
