@@ -36,7 +36,7 @@ pub(crate) const LAYERS: [&[&str]; 6] = [
 ];
 
 /// Crates beside the layers: they may use any layer and nothing may use them.
-const TOOLS: [&str; 3] = ["cadre-e2e", "cadre-e2e-k8s", "xtask"];
+const TOOLS: [&str; 4] = ["cadre-e2e", "cadre-e2e-k8s", "cadre-fuzz", "xtask"];
 
 /// Allowed edges inside a layer: (from, to, reason).
 const SAME_LAYER: [(&str, &str, &str); 3] = [

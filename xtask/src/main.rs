@@ -18,6 +18,7 @@ mod cluster;
 mod command;
 mod e2e;
 mod figures;
+mod fuzz;
 mod generate;
 mod image;
 mod interrupt;
@@ -92,6 +93,8 @@ enum Task {
         #[arg(long)]
         tests: bool,
     },
+    /// Runs a fuzz target for a while, guided by coverage (CONTRIBUTING.md).
+    Fuzz(fuzz::Options),
     /// Runs everything that must hold before a change is merged.
     Ci,
 }
@@ -111,6 +114,7 @@ fn main() -> ExitCode {
         }
         Task::Kernels { tests: false } => kernels::run(),
         Task::Kernels { tests: true } => kernels::run_with_tests(),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Ci => ci::run(),
     };
     match outcome {

@@ -14,6 +14,8 @@ mod checkpoint;
 pub mod config;
 mod digest;
 mod error;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod hash;
 pub mod header;
 pub mod inspect;

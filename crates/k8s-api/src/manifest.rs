@@ -5,7 +5,7 @@
 //! Rules are evaluated only on objects that their schema accepts, as the API server does: a rule may rely on the
 //! types and bounds of what it reads.
 
-use std::fmt;
+use std::{fmt, sync::LazyLock};
 
 use kube::core::cel::{Validator, apply_defaults};
 use serde::de::DeserializeOwned;
@@ -137,14 +137,16 @@ pub fn tier_update(value: &Value, old: &Value) -> Result<MoETier, Vec<Refusal>> 
 
 /// `index` is the kind's place in [`crd::all`].
 fn accept<T: DeserializeOwned>(value: &Value, old: Option<&Value>, index: usize) -> Result<T, Vec<Refusal>> {
-    let schema = crd::schema(&crd::all()[index]);
-    let refusals = structure::check(value, &schema);
+    // Made from the types, which takes longer than everything that is done with it.
+    static SCHEMAS: LazyLock<Vec<Value>> = LazyLock::new(|| crd::all().iter().map(crd::schema).collect());
+    let schema = &SCHEMAS[index];
+    let refusals = structure::check(value, schema);
     if !refusals.is_empty() {
         return Err(refusals);
     }
-    let value = apply_defaults(&schema, value);
-    let old = old.map(|old| apply_defaults(&schema, old));
-    if let Err(errors) = Validator::new().validate(&schema, &value, old.as_ref()) {
+    let value = apply_defaults(schema, value);
+    let old = old.map(|old| apply_defaults(schema, old));
+    if let Err(errors) = Validator::new().validate(schema, &value, old.as_ref()) {
         let refusal = |error: &kube::core::cel::ValidationError| Refusal {
             path: error.field_path.trim_start_matches('.').to_owned(),
             message: error.message.clone(),

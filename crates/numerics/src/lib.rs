@@ -24,3 +24,14 @@ pub mod softmax;
 
 /// Elements along the reduction that share one scale, and the length of a block sum.
 pub const BLOCK: usize = 128;
+
+#[cfg(test)]
+mod tests {
+    /// Optimised as it is, this crate counts with checks wherever tests run (CONTRIBUTING.md).
+    #[test]
+    fn overflows_and_assertions_are_checked() {
+        let overflow = std::panic::catch_unwind(|| std::hint::black_box(u8::MAX) + std::hint::black_box(1));
+        assert!(overflow.is_err(), "255_u8 + 1 is {overflow:?}");
+        assert!(std::panic::catch_unwind(|| debug_assert!(std::hint::black_box(false))).is_err());
+    }
+}

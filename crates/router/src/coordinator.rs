@@ -17,6 +17,8 @@
 
 mod coverage;
 mod digests;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod layouts;
 mod load_window;
 mod owner;

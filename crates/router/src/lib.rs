@@ -28,6 +28,8 @@
 pub mod admission;
 mod coordinator;
 pub mod error;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod generate;
 pub mod grpc;
 pub mod http;

@@ -32,7 +32,7 @@ impl Planner {
         Ok(Self { load: expert_load(options, config)? })
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn for_load(load: ExpertLoad) -> Self {
         Self { load }
     }

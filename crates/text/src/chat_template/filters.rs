@@ -81,6 +81,11 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
         environment.add_filter(name, move |state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>| {
             let args = args.into_values();
             bounded::check_all(state, &args)?;
+            if name == "format"
+                && let Some(style) = args.first().and_then(Value::as_str)
+            {
+                check_percent_keys(style)?;
+            }
             state.apply_filter(unpaid, &args)
         });
     }
@@ -294,6 +299,7 @@ fn escape(text: &str) -> String {
 /// What `'…' % value` is rewritten to: a tuple is several arguments, anything else is one.
 fn percent_format(state: &mut State<'_, '_>, style: &str, value: &Value) -> Result<Value, Error> {
     bounded::check(state, value)?;
+    check_percent_keys(style)?;
     let mut args: Vec<Value> = match value.is_tuple() {
         true => value.try_iter()?.collect(),
         false => vec![value.clone()],
@@ -302,6 +308,36 @@ fn percent_format(state: &mut State<'_, '_>, style: &str, value: &Value) -> Resu
     args.insert(0, Value::from(style));
     state.apply_filter("unpaid_format", &args)
 }
+
+/// Refuses `%(…)s` with a name beyond ASCII: the engine reads it byte by byte and panics inside a character.
+fn check_percent_keys(style: &str) -> Result<(), Error> {
+    let plain = style.replace("%%", "");
+    let mut keys = plain.split("%(").skip(1).map(|rest| rest.split(')').next().unwrap_or(rest));
+    keys.all(str::is_ascii).then_some(()).ok_or_else(|| invalid(BEYOND_ASCII))
+}
+
+/// Refuses `{…[…]}` with a key beyond ASCII, for the same reason.
+pub(super) fn check_brace_keys(style: &str) -> Result<(), Error> {
+    let plain = style.replace("{{", "");
+    let mut fields = plain.split('{').skip(1);
+    let is_ascii = |field: &str| {
+        let mut rest = field;
+        loop {
+            let name = rest.split(['}', ':', '!']).next().unwrap_or(rest);
+            let Some((_, keys)) = name.contains('[').then(|| rest.split_once('[')).flatten() else {
+                return true;
+            };
+            let (key, after) = keys.split_once(']').unwrap_or((keys, ""));
+            if !key.is_ascii() {
+                return false;
+            }
+            rest = after;
+        }
+    };
+    fields.all(is_ascii).then_some(()).ok_or_else(|| invalid(BEYOND_ASCII))
+}
+
+const BEYOND_ASCII: &str = "a format's key has only ASCII characters here";
 
 /// `%r` as `%s` of the argument's `repr`, which the engine's format does not know.
 fn without_repr(style: &str, args: &mut [Value]) -> String {

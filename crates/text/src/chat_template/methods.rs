@@ -7,7 +7,7 @@ use minijinja::{
 };
 use minijinja_contrib::pycompat;
 
-use super::{Gap, bounded};
+use super::{Gap, bounded, filters};
 
 /// The methods below.
 const OURS: [&str; 18] = [
@@ -91,6 +91,9 @@ pub(super) fn call(
     // Arguments of strings' methods are written out, or compared, as a whole.
     if value.kind() == ValueKind::String {
         bounded::check_all(state, args)?;
+        if let Some(style) = value.as_str() {
+            filters::check_brace_keys(style)?;
+        }
     }
     let theirs = pycompat::unknown_method_callback(state, value, method, args);
     theirs.map_err(|error| match error.kind() {
