@@ -14,6 +14,7 @@ use tokio::{sync::oneshot, time::Instant};
 use super::{
     Planner, PublishedView,
     layouts::Layouts,
+    proof::Verdict,
     report::MemberReport,
     state::{ConnectionId, State},
     uncovered,
@@ -85,7 +86,7 @@ pub fn coordinate(events: Vec<Event>) {
             Event::OperatorLeft => state.operator_left(),
             Event::Proven(at) => {
                 if let Some(&connection) = connections.get(at) {
-                    drop(state.proven(connection));
+                    drop(state.judge(now, connection, Verdict::Passed));
                 }
             }
         }
@@ -125,7 +126,9 @@ fn check(state: &mut State, now: Instant) {
     assert!(prepared <= shards, "{prepared} of {shards} shards are prepared");
     drop(state.expert_load(now));
     state.next_expiry(now);
-    state.unproven();
+    drop(state.questions(now));
+    state.next_question(now);
+    state.failed_proofs();
     let Some(view) = state.view() else { return };
     assert_eq!(view.generation.epoch, view.placement.epoch(), "a view's stamp is its placement's");
     complete(&view.placement);
