@@ -50,6 +50,8 @@ fn release() -> Result<PathBuf> {
         "cadre",
         "--bin",
         "cadre",
+        command::FEATURES[0],
+        command::FEATURES[1],
     ]))?;
     Ok(Metadata::load().context("find the target folder")?.target_directory.join("release/cadre"))
 }

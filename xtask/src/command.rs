@@ -7,6 +7,9 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
+/// What a whole build has. Left out by default, because compiling the types of Kubernetes takes longer than anything else.
+pub(crate) const FEATURES: [&str; 2] = ["--features", "cadre/operator"];
+
 /// The repository root.
 pub(crate) fn root() -> Result<PathBuf> {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -4,7 +4,7 @@
 //! reference`), so that they cannot tell of a flag, field, reason or right that does not exist; and the version where it
 //! stands in files that nothing can compute.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
 use prost::Message;
@@ -38,19 +38,21 @@ const PARTS: [(&str, &str); 2] = [("conditions", "docs/operations.md"), ("rights
 /// The folder of the samples, all of which `cadre reference samples` prints.
 const SAMPLES: &str = "deploy/samples";
 
-/// Writes or compares every generated file.
-pub(crate) fn run(check: bool) -> Result<()> {
+/// Writes or compares every generated file. `cadre` prints the pages: the given one, or the one of a build of it alone, which
+/// has other features among its dependencies than the tests' build and so compiles many of them once more.
+pub(crate) fn run(check: bool, cadre: Option<&Path>) -> Result<()> {
     let scratch = Metadata::load()?.target_directory.join("xtask").join("generate");
     fs::create_dir_all(&scratch).with_context(|| format!("create {}", scratch.display()))?;
     proto(&scratch, check)?;
     versions::run(check)?;
-    reference(check)?;
-    samples(check)
+    let cadre = Reference(cadre);
+    reference(&cadre, check)?;
+    samples(&cadre, check)
 }
 
-fn samples(check: bool) -> Result<()> {
+fn samples(cadre: &Reference<'_>, check: bool) -> Result<()> {
     let texts: BTreeMap<String, String> =
-        serde_json::from_slice(&printed("samples")?).context("cadre reference samples")?;
+        serde_json::from_slice(&cadre.printed("samples")?).context("cadre reference samples")?;
     let folder = command::root()?.join(SAMPLES);
     for (file, text) in &texts {
         publish(text.as_bytes(), &folder.join(file), check)?;
@@ -81,13 +83,14 @@ fn proto(scratch: &Path, check: bool) -> Result<()> {
     Ok(())
 }
 
-fn reference(check: bool) -> Result<()> {
+fn reference(cadre: &Reference<'_>, check: bool) -> Result<()> {
     let root = command::root()?;
     for (name, file) in FILES {
-        publish(&printed(name)?, &root.join(file), check)?;
+        publish(&cadre.printed(name)?, &root.join(file), check)?;
     }
     for (name, file) in PARTS {
-        let part = String::from_utf8(printed(name)?).with_context(|| format!("cadre reference {name}"))?;
+        let part =
+            String::from_utf8(cadre.printed(name)?).with_context(|| format!("cadre reference {name}"))?;
         let path = root.join(file);
         let page = fs::read_to_string(&path).with_context(|| format!("read {file}"))?;
         let page = parts::replace(&page, name, &part).with_context(|| file.to_owned())?;
@@ -96,12 +99,23 @@ fn reference(check: bool) -> Result<()> {
     Ok(())
 }
 
-/// What `cadre reference NAME` prints.
-fn printed(name: &str) -> Result<Vec<u8>> {
-    let mut cadre = command::cargo();
-    // The same unit graph as `cargo xtask test` builds, so that nothing is compiled twice.
-    cadre.args(["run", "--quiet", "--package", "cadre", "--bin", "cadre", "--", "reference", name]);
-    command::capture(&mut cadre)
+/// What knows the reference pages.
+struct Reference<'a>(Option<&'a Path>);
+
+impl Reference<'_> {
+    /// What `cadre reference NAME` prints.
+    fn printed(&self, name: &str) -> Result<Vec<u8>> {
+        let mut cadre = match self.0 {
+            Some(path) => Command::new(path),
+            None => {
+                let mut cargo = command::cargo();
+                cargo.args(["run", "--quiet", "--package", "cadre", "--bin", "cadre"]);
+                cargo.args(command::FEATURES).arg("--");
+                cargo
+            }
+        };
+        command::capture(cadre.args(["reference", name]))
+    }
 }
 
 /// Writes a file if it changes, or fails if it would.

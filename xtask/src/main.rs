@@ -102,7 +102,7 @@ enum Task {
 fn main() -> ExitCode {
     let outcome = match Cli::parse().task {
         Task::Layers => layers::run(),
-        Task::Generate { check } => generate::run(check),
+        Task::Generate { check } => generate::run(check, None),
         Task::Test { only } => suites::run(only.as_deref()),
         Task::E2e { only, keep } => suites::run_e2e(only.as_deref(), keep),
         Task::BenchOperator { binary } => bench_operator::run(binary),

@@ -176,6 +176,11 @@ fn cluster_suite_names(metadata: &Metadata) -> impl Iterator<Item = String> {
     })
 }
 
+/// The `cadre` of the tests' build.
+pub(crate) fn cadre() -> Result<PathBuf> {
+    Ok(build()?.binary("cadre").context("the build made no binary `cadre`")?.to_path_buf())
+}
+
 /// What the build left behind.
 struct Built {
     tests: BTreeMap<PathBuf, PathBuf>,
@@ -203,15 +208,12 @@ struct Profile {
 
 /// One build of everything that runs: test executables and the binaries that they start.
 fn build() -> Result<Built> {
-    let text = command::capture(command::cargo().args([
-        "build",
-        "--workspace",
-        "--lib",
-        "--bins",
-        "--tests",
-        "--locked",
-        "--message-format=json-render-diagnostics",
-    ]))?;
+    let text = command::capture(
+        command::cargo()
+            .args(["build", "--workspace", "--lib", "--bins", "--tests", "--locked"])
+            .args(command::FEATURES)
+            .arg("--message-format=json-render-diagnostics"),
+    )?;
     let mut built = Built { tests: BTreeMap::new(), binaries: BTreeMap::new() };
     for line in text.split(|byte| *byte == b'\n').filter(|line| line.starts_with(b"{")) {
         let message: Message = serde_json::from_slice(line).context("read a message of cargo build")?;
@@ -336,7 +338,10 @@ impl Suite {
 /// The examples in doc comments. A crate may have none, so none is no fault.
 fn documentation(logs: &Path) -> Result<Outcome> {
     let mut command = command::cargo();
-    command.args(["test", "--workspace", "--doc", "--locked"]).current_dir(command::root()?);
+    command
+        .args(["test", "--workspace", "--doc", "--locked"])
+        .args(command::FEATURES)
+        .current_dir(command::root()?);
     execute("documentation examples", &mut command, logs)
 }
 

@@ -4,12 +4,13 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+#[cfg(feature = "operator")]
+use crate::reference::{self, ReferenceArgs};
 use crate::{
     bench::{self, BenchArgs},
     chat::{self, ChatArgs},
     inspect::{self, InspectArgs},
     probe::{self, ProbeArgs},
-    reference::{self, ReferenceArgs},
     roles::{self, ExpertArgs, OperatorArgs, RouterArgs, WorkerArgs},
     runtime::block_on,
     soak::{self, SoakArgs},
@@ -38,6 +39,7 @@ enum Command {
     Expert(Box<ExpertArgs>),
     Operator(Box<OperatorArgs>),
     Probe(ProbeArgs),
+    #[cfg(feature = "operator")]
     #[command(hide = true)]
     Reference(ReferenceArgs),
 }
@@ -57,6 +59,7 @@ impl Cli {
             Command::Expert(args) => block_on(roles::expert(*args)),
             Command::Operator(args) => block_on(roles::operator(*args)),
             Command::Probe(args) => block_on(probe::run(args)),
+            #[cfg(feature = "operator")]
             Command::Reference(args) => reference::run(&args),
         }
     }

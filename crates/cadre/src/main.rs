@@ -15,6 +15,7 @@ mod inspect;
 mod output;
 mod probe;
 mod progress;
+#[cfg(feature = "operator")]
 mod reference;
 mod roles;
 mod runtime;

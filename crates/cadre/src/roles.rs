@@ -25,6 +25,10 @@ use tokio::sync::oneshot;
 use crate::{output, stop, weights::WeightsArgs};
 
 mod expert;
+#[cfg(feature = "operator")]
+mod operator;
+#[cfg(not(feature = "operator"))]
+#[path = "roles/without_operator.rs"]
 mod operator;
 mod router;
 mod termination;

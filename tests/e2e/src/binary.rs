@@ -29,7 +29,16 @@ pub fn cadre() -> &'static Path {
 fn build() -> PathBuf {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
-        .args(["build", "--package", "cadre", "--bin", "cadre", "--message-format=json"])
+        .args([
+            "build",
+            "--package",
+            "cadre",
+            "--bin",
+            "cadre",
+            "--features",
+            "operator",
+            "--message-format=json",
+        ])
         .current_dir(root())
         .output()
         .expect("cargo starts");

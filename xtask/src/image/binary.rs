@@ -41,6 +41,7 @@ pub(super) fn build(target: &Path, variant: Variant) -> Result<PathBuf> {
     command::run(
         command::cargo()
             .args(["build", "--release", "--locked", "--package", "cadre", "--bin", "cadre"])
+            .args(command::FEATURES)
             .args(["--target", TARGET, "--target-dir"])
             .arg(&folder)
             .env("CARGO_ENCODED_RUSTFLAGS", flags),

@@ -10,6 +10,7 @@ use cadre_checkpoint::{CheckpointError, ProblemKind};
 use cadre_device::{CudaError, Device, DeviceError};
 use cadre_dispatch::{GenerationRefused, membership::MembershipError};
 use cadre_model::{MemoryShort, loader::LoadError};
+#[cfg(feature = "operator")]
 use cadre_operator::OperatorError;
 use cadre_ops::OpsError;
 use cadre_router::RouterError;
@@ -79,6 +80,7 @@ fn of_one(error: &(dyn Error + 'static)) -> Option<Reason> {
     if let Some(error) = error.downcast_ref::<RouterError>() {
         return of_router(error);
     }
+    #[cfg(feature = "operator")]
     if let Some(OperatorError::Config(_) | OperatorError::Bind { .. }) = error.downcast_ref() {
         return Some(Reason::InvalidConfiguration);
     }
