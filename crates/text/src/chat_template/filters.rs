@@ -309,18 +309,18 @@ fn percent_format(state: &mut State<'_, '_>, style: &str, value: &Value) -> Resu
     state.apply_filter("unpaid_format", &args)
 }
 
-/// Refuses `%(…)s` with a name beyond ASCII: the engine reads it byte by byte and panics inside a character.
+/// Refuses `%(…)s` with a name that is not plain: the engine's reader of formats can panic over others.
 fn check_percent_keys(style: &str) -> Result<(), Error> {
     let plain = style.replace("%%", "");
     let mut keys = plain.split("%(").skip(1).map(|rest| rest.split(')').next().unwrap_or(rest));
-    keys.all(str::is_ascii).then_some(()).ok_or_else(|| invalid(BEYOND_ASCII))
+    keys.all(is_plain).then_some(()).ok_or_else(|| invalid(NOT_PLAIN))
 }
 
-/// Refuses `{…[…]}` with a key beyond ASCII, for the same reason.
+/// Refuses `{…[…]}` with a key that is not plain, for the same reason.
 pub(super) fn check_brace_keys(style: &str) -> Result<(), Error> {
     let plain = style.replace("{{", "");
     let mut fields = plain.split('{').skip(1);
-    let is_ascii = |field: &str| {
+    let all_plain = |field: &str| {
         let mut rest = field;
         loop {
             let name = rest.split(['}', ':', '!']).next().unwrap_or(rest);
@@ -328,16 +328,20 @@ pub(super) fn check_brace_keys(style: &str) -> Result<(), Error> {
                 return true;
             };
             let (key, after) = keys.split_once(']').unwrap_or((keys, ""));
-            if !key.is_ascii() {
+            if !is_plain(key) {
                 return false;
             }
             rest = after;
         }
     };
-    fields.all(is_ascii).then_some(()).ok_or_else(|| invalid(BEYOND_ASCII))
+    fields.all(all_plain).then_some(()).ok_or_else(|| invalid(NOT_PLAIN))
 }
 
-const BEYOND_ASCII: &str = "a format's key has only ASCII characters here";
+const NOT_PLAIN: &str = "a format's key has only ASCII letters, digits, spaces, `_`, `-` and `.` here";
+
+fn is_plain(key: &str) -> bool {
+    key.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, ' ' | '_' | '-' | '.'))
+}
 
 /// `%r` as `%s` of the argument's `repr`, which the engine's format does not know.
 fn without_repr(style: &str, args: &mut [Value]) -> String {

@@ -448,27 +448,27 @@ mod bounds {
     }
 }
 
-/// The engine's parser of formats panics inside a character (found by fuzzing).
+/// Over some others the engine's reader of formats panics (found by fuzzing).
 #[test]
-fn keys_of_formats_beyond_ascii_are_refused() {
+fn keys_of_formats_are_plain() {
     let asked = |content: &str| json!([{"role": "user", "content": content}]);
     for (source, content) in [
-        ("{{ '%(é)s' % {'é': 1} }}", ""),
-        ("{{ '%(aé' % {'a': 1} }}", ""),
-        ("{{ '%(é)s'|format(1) }}", ""),
-        ("{{ '{0[é]}'.format({'é': 1}) }}", ""),
-        ("{{ '{a[b][é'.format(a={'b': 1}) }}", ""),
+        ("{{ '%(a~b)s' % {'a~b': 1} }}", ""),
+        ("{{ '%(a~' % {'a': 1} }}", ""),
+        ("{{ '%(a~b)s'|format(1) }}", ""),
+        ("{{ '{0[a~b]}'.format({'a~b': 1}) }}", ""),
+        ("{{ '{a[b][~'.format(a={'b': 1}) }}", ""),
         // The format may be the client's.
-        ("{{ messages[0].content % 1 }}{{ messages[0].content|format(1) }}", "%(日)s"),
-        ("{{ messages[0].content.format(1) }}", "{0[日]}"),
+        ("{{ messages[0].content % 1 }}{{ messages[0].content|format(1) }}", "%(a~b)s"),
+        ("{{ messages[0].content.format(1) }}", "{0[a~b]}"),
     ] {
         let error = render(source, asked(content)).unwrap_err();
         assert!(matches!(error, TemplateError::Render { .. }), "{source}: {error}");
     }
     for (source, text) in [
-        ("{{ '%%(é) %s é' % 'ü' }}", "%(é) ü é"),
+        ("{{ '%%(~) %s é' % 'ü' }}", "%(~) ü é"),
         ("{{ '%(a)s é' % {'a': 'ü'} }}", "ü é"),
-        ("{{ '{{[é] {0[a]} é [é]'.format({'a': 'ü'}) }}", "{[é] ü é [é]"),
+        ("{{ '{{[~] {0[a]} é [~]'.format({'a': 'ü'}) }}", "{[~] ü é [~]"),
     ] {
         assert_eq!(render(source, asked("")).unwrap(), text, "{source}");
     }
