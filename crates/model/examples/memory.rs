@@ -53,9 +53,12 @@ fn main() -> ExitCode {
             measured.tokens
         );
         let planned = measured.worker.total() + measured.experts.weights;
-        // The driver gives memory in pieces of 2 MiB, and the harness has queues of its own.
+        // The driver gives memory in pieces of 2 MiB, and the harness has queues of its own. The workspace is that of the
+        // largest step, which a prompt of a few tokens does not fill.
         let slack = planned * 3 / 100 + (64 << 20);
-        held("memory taken is memory planned", measured.taken.abs_diff(planned) <= slack);
+        let taken = measured.taken;
+        held("memory taken is within the plan", taken <= planned + slack);
+        held("memory planned is needed", taken + slack >= planned - measured.worker.workspace);
         texts.push(measured.tokens);
     }
     held("the same tokens twice", texts[0] == texts[1]);

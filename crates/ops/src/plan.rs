@@ -11,35 +11,35 @@ use crate::{
 /// Something that a role will allocate.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Allocation<'a> {
-    /// [`Backend::alloc_residual`](crate::Backend::alloc_residual).
+    /// [`Backend::alloc_residual`].
     Residual {
         /// Rows.
         rows: usize,
         /// Columns.
         cols: usize,
     },
-    /// [`Backend::alloc_activations`](crate::Backend::alloc_activations).
+    /// [`Backend::alloc_activations`].
     Activations {
         /// Rows.
         rows: usize,
         /// Columns.
         cols: usize,
     },
-    /// [`Backend::alloc_rows`](crate::Backend::alloc_rows).
+    /// [`Backend::alloc_rows`].
     Rows {
         /// Rows.
         rows: usize,
         /// Columns.
         cols: usize,
     },
-    /// [`Backend::alloc_logits`](crate::Backend::alloc_logits).
+    /// [`Backend::alloc_logits`].
     Logits {
         /// Rows.
         rows: usize,
         /// Columns.
         vocab: usize,
     },
-    /// [`Backend::load_matrix`](crate::Backend::load_matrix).
+    /// [`Backend::load_matrix`].
     Matrix {
         /// Output features.
         rows: usize,
@@ -48,7 +48,7 @@ pub enum Allocation<'a> {
         /// Elements.
         elements: ElementType,
     },
-    /// [`Backend::load_ffn`](crate::Backend::load_ffn).
+    /// [`Backend::load_ffn`].
     Ffn {
         /// Width of the rows.
         hidden: usize,
@@ -57,24 +57,24 @@ pub enum Allocation<'a> {
         /// Elements of all three matrices.
         elements: ElementType,
     },
-    /// [`Backend::load_vector`](crate::Backend::load_vector).
+    /// [`Backend::load_vector`].
     Vector {
         /// Elements.
         len: usize,
     },
-    /// [`Backend::load_kv_up`](crate::Backend::load_kv_up).
+    /// [`Backend::load_kv_up`].
     KvUp {
         /// The attention.
         shape: &'a AttentionShape,
         /// Elements of kv_b.
         elements: ElementType,
     },
-    /// [`Backend::load_attention`](crate::Backend::load_attention).
+    /// [`Backend::load_attention`].
     Attention {
         /// The attention.
         shape: &'a AttentionShape,
     },
-    /// [`Backend::kv_cache`](crate::Backend::kv_cache).
+    /// [`Backend::kv_cache`].
     KvCache {
         /// The cache.
         layout: KvLayout,
