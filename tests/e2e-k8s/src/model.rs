@@ -147,10 +147,32 @@ impl<'a> Model<'a> {
             let is_healthy = |type_: &ConditionType| {
                 current(&model, *type_).is_some_and(|condition| condition.status == type_.healthy())
             };
-            holds(settled.iter().all(is_healthy), || diagnosis::of_model(&model))?;
+            let unwell: Vec<&ConditionType> = settled.iter().filter(|type_| !is_healthy(type_)).collect();
+            let is_well = match unwell[..] {
+                [] => true,
+                [ConditionType::ExpertsCovered] => {
+                    current(&model, ConditionType::ExpertsCovered)
+                        .is_some_and(|condition| condition.reason == Reason::ExpertAtRisk.name())
+                        && self.shards_are_crowded()?
+                }
+                _ => false,
+            };
+            holds(is_well, || diagnosis::of_model(&model))?;
             let pods = self.all_pods()?;
             holds(pods.iter().all(|pod| pod.ready && !pod.terminating), || pod::names(&pods))
         });
+    }
+
+    /// Whether more than half of the shards are on one node, so that no placement keeps two copies of every expert apart.
+    /// Spreading is a wish of theirs: a scheduler that saw other shards on their way out may not have followed it, and then the
+    /// model rightly says for good that experts are at risk.
+    fn shards_are_crowded(&self) -> Result<bool, String> {
+        let shards = self.pods(Tier::Experts.suffix())?;
+        let mut on_node: BTreeMap<&str, usize> = BTreeMap::new();
+        for shard in &shards {
+            *on_node.entry(shard.node.as_deref().unwrap_or_default()).or_default() += 1;
+        }
+        Ok(on_node.values().any(|count| 2 * count > shards.len()))
     }
 
     /// Waits until a tier has so many pods that work is routed to, and no others.
