@@ -66,7 +66,9 @@ async fn ask(path: &str, body: Vec<u8>) {
     let message = error["message"].as_str().unwrap_or_else(|| panic!("{answer} for {}", shown()));
     assert!(!message.is_empty() && error["type"].is_string() && error["code"].is_string(), "{answer}");
     for words in ["untagged enum", "expected struct", "invalid type", "panicked"] {
-        assert!(!message.contains(words), "a parser's words in {message:?} for {}", shown());
+        // Values are quoted, and a fuzzer reads these words from our comparison.
+        let is_ours = message.contains(words) && !shown().contains(words);
+        assert!(!is_ours, "a parser's words in {message:?} for {}", shown());
     }
 }
 
